@@ -1,0 +1,165 @@
+"""The manifest of a prepared data set: what its shards hold and what their bytes must hash to.
+
+In: ``OUT/manifest.json``. Out: a validated :class:`Manifest`, or a :class:`ManifestError` that says what to do. Reads one file,
+and writes one, whole or not at all. Holds nothing that depends on the machine or the hour, so that equal inputs give equal bytes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from pathlib import Path
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+MANIFEST_NAME = "manifest.json"
+FORMAT_VERSION = 1
+PREPARE_NOUN = {"speech": "speech", "image": "images"}  # what `tessera prepare` calls a kind
+
+
+class ManifestError(ValueError):
+    """A data set folder that can't be used; the message names the path and what to do."""
+
+
+class ShardEntry(BaseModel):
+    """One shard: a tar of samples and, beside it, the index with the same stem."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    file: str = Field(description="path of the tar, relative to the data set folder")
+    sha256: str = Field(pattern=r"^[0-9a-f]{64}$", description="of the tar")
+    bytes: int = Field(ge=0, description="size of the tar")
+    index_sha256: str = Field(pattern=r"^[0-9a-f]{64}$", description="of the .idx beside it")
+    samples: int = Field(ge=0, description="how many samples (clips or images)")
+    seconds: float = Field(0.0, ge=0, description="speech: total duration")
+    pixels: int = Field(0, ge=0, description="images: total width × height")
+
+    @property
+    def index_file(self) -> str:
+        """Path of the index, relative to the data set folder."""
+        return self.file.removesuffix(".tar") + ".idx"
+
+
+class SplitEntry(BaseModel):
+    """One split with its totals and its shards in order."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    samples: int
+    bytes: int
+    seconds: float = 0.0
+    pixels: int = 0
+    shards: list[ShardEntry]
+
+    @classmethod
+    def of(cls, shards: list[ShardEntry]) -> SplitEntry:
+        """The split that these shards make."""
+        return cls(
+            samples=sum(shard.samples for shard in shards),
+            bytes=sum(shard.bytes for shard in shards),
+            seconds=round(sum(shard.seconds for shard in shards), 6),
+            pixels=sum(shard.pixels for shard in shards),
+            shards=shards,
+        )
+
+
+class Manifest(BaseModel):
+    """Everything a reader must know before it opens a shard."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    version: int = FORMAT_VERSION
+    kind: Literal["speech", "image"]
+    sample_rate: int | None = Field(None, description="speech: of every clip, in Hz")
+    image_size: int | None = Field(None, description="images: shorter side after preparation; none means as it came")
+    classes: list[str] = Field(default_factory=list, description="what the labels 0, 1, … mean: speakers or image classes")
+    seed: int = Field(0, description="of the shuffle over shards")
+    refused: int = Field(0, ge=0, description="source files in quarantine.jsonl")
+    splits: dict[str, SplitEntry]
+
+    @property
+    def samples(self) -> int:
+        return sum(split.samples for split in self.splits.values())
+
+    @property
+    def seconds(self) -> float:
+        return sum(split.seconds for split in self.splits.values())
+
+    @property
+    def pixels(self) -> int:
+        return sum(split.pixels for split in self.splits.values())
+
+    @property
+    def bytes(self) -> int:
+        return sum(split.bytes for split in self.splits.values())
+
+    def shards(self) -> list[ShardEntry]:
+        """The shards of all splits."""
+        return [shard for split in self.splits.values() for shard in split.shards]
+
+    def to_json(self) -> str:
+        """Canonical JSON text: equal manifests are equal bytes."""
+        return json.dumps(self.model_dump(mode="json"), indent=1, sort_keys=True, ensure_ascii=False) + "\n"
+
+    def fingerprint(self, split: str) -> str:
+        """16 hexadecimal digits that name this content and this split."""
+        return hashlib.sha256(f"{self.to_json()}{split}".encode()).hexdigest()[:16]
+
+
+def read_manifest(folder: str | Path) -> Manifest:
+    """Read ``folder/manifest.json``.
+
+    Raises :class:`ManifestError` if the folder or the manifest is missing, is not ours, or has a version this code can't read.
+    """
+    folder = Path(folder)
+    path = folder / MANIFEST_NAME
+    remedy = f"prepare it with `tessera prepare speech SOURCE {folder}` or `tessera prepare images SOURCE {folder}`"
+    if not folder.is_dir():
+        raise ManifestError(f"data set folder {folder} does not exist: {remedy}")
+    if not path.is_file():
+        raise ManifestError(f"{folder} holds no {MANIFEST_NAME} (not a data set, or its preparation was interrupted): {remedy}")
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ManifestError(f"{path} is not JSON ({error}): {remedy}") from error
+    version = values.get("version") if isinstance(values, dict) else None
+    if version != FORMAT_VERSION:
+        raise ManifestError(
+            f"{path} has format version {version!r}, this Tessera reads version {FORMAT_VERSION}: "
+            "use the Tessera that wrote it, or prepare the data set again into another folder"
+        )
+    try:
+        return Manifest.model_validate(values)
+    except ValidationError as error:
+        problem = error.errors()[0]
+        key = ".".join(str(part) for part in problem["loc"])
+        raise ManifestError(f"{path}: {key}: {problem['msg']}: {remedy}") from error
+
+
+def write_manifest(folder: str | Path, manifest: Manifest) -> Path:
+    """Write ``folder/manifest.json`` whole or not at all (design rule 7); returns its path."""
+    path = Path(folder) / MANIFEST_NAME
+    write_whole(path, manifest.to_json().encode())
+    return path
+
+
+def write_whole(path: Path, content: bytes) -> None:
+    """Write a small file beside, fsync it, and rename it into place."""
+    temporary = path.with_name(f"{path.name}.tmp-{os.getpid()}")
+    with temporary.open("wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)
+    fsync_folder(path.parent)
+
+
+def fsync_folder(folder: Path) -> None:
+    """Make a rename in ``folder`` durable."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
