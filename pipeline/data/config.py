@@ -21,8 +21,8 @@ class DataConfig(BaseModel):
     split: str = Field("train", min_length=1, description="split of the data set to train on")
 
     min_seconds: float = Field(1.0, ge=0.1, description="speech: shorter clips are left out of training")
-    max_seconds: float = Field(15.6, gt=0, description="speech: longer clips are cropped at a place drawn anew each epoch")
-    bucket_seconds: float = Field(0.25, gt=0, description="speech: clips whose lengths round up to the same multiple trade places")
+    max_seconds: float = Field(15.6, gt=0, description="speech: longer clips are cropped, elsewhere each epoch")
+    bucket_seconds: float = Field(0.25, gt=0, description="speech: clips of a length within this trade places")
     normalise: bool = Field(True, description="speech: each clip to zero mean and unit variance")
 
     image_size: int = Field(64, ge=8, description="images: side of the square that the model sees, in pixels")
@@ -51,7 +51,9 @@ class DataConfig(BaseModel):
                 f"max_seconds={self.max_seconds} is less than min_seconds={self.min_seconds}: no clip would be left"
             )
         if self.resize is not None and self.resize < self.image_size:
-            raise ValueError(f"resize={self.resize} is less than image_size={self.image_size}: use {self.image_size} or more")
+            raise ValueError(
+                f"resize={self.resize} is less than image_size={self.image_size}: use {self.image_size} or more"
+            )
         return self
 
 

@@ -1,7 +1,8 @@
 """The manifest of a prepared data set: what its shards hold and what their bytes must hash to.
 
-In: ``OUT/manifest.json``. Out: a validated :class:`Manifest`, or a :class:`ManifestError` that says what to do. Reads one file,
-and writes one, whole or not at all. Holds nothing that depends on the machine or the hour, so that equal inputs give equal bytes.
+In: ``OUT/manifest.json``. Out: a validated :class:`Manifest`, or a :class:`ManifestError` that says what to do. Reads
+one file, and writes one, whole or not at all. Holds nothing that depends on the machine or the hour, so that equal
+inputs give equal bytes.
 """
 
 from __future__ import annotations
@@ -74,7 +75,7 @@ class Manifest(BaseModel):
     kind: Literal["speech", "image"]
     sample_rate: int | None = Field(None, description="speech: of every clip, in Hz")
     image_size: int | None = Field(None, description="images: shorter side after preparation; none means as it came")
-    classes: list[str] = Field(default_factory=list, description="what the labels 0, 1, … mean: speakers or image classes")
+    classes: list[str] = Field(default_factory=list, description="meaning of the labels 0, 1, …: speakers or image classes")
     seed: int = Field(0, description="of the shuffle over shards")
     refused: int = Field(0, ge=0, description="source files in quarantine.jsonl")
     splits: dict[str, SplitEntry]
@@ -111,7 +112,8 @@ class Manifest(BaseModel):
 def read_manifest(folder: str | Path) -> Manifest:
     """Read ``folder/manifest.json``.
 
-    Raises :class:`ManifestError` if the folder or the manifest is missing, is not ours, or has a version this code can't read.
+    Raises :class:`ManifestError` if the folder or the manifest is missing, is not ours, or has a version this code
+    can't read.
     """
     folder = Path(folder)
     path = folder / MANIFEST_NAME
@@ -119,7 +121,9 @@ def read_manifest(folder: str | Path) -> Manifest:
     if not folder.is_dir():
         raise ManifestError(f"data set folder {folder} does not exist: {remedy}")
     if not path.is_file():
-        raise ManifestError(f"{folder} holds no {MANIFEST_NAME} (not a data set, or its preparation was interrupted): {remedy}")
+        raise ManifestError(
+            f"{folder} holds no {MANIFEST_NAME} (not a data set, or its preparation was interrupted): {remedy}"
+        )
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
     except (json.JSONDecodeError, UnicodeDecodeError) as error:

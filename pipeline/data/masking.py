@@ -2,9 +2,9 @@
 
 In: a number of frames, a configuration and the sample's own generator. Out: NumPy arrays. Pure functions, no torch.
 
-Masks are *ragged*: each row keeps as many masked frames as its spans cover, as in the paper. fairseq and fairseq2 unmask random
-frames until all rows of a batch have the same count, which makes a row's mask depend on its neighbours and cuts the mean run from
-14.7 to 7.8 frames at 8 rows.
+Masks are *ragged*: each row keeps as many masked frames as its spans cover, as in the paper. fairseq and fairseq2
+unmask random frames until all rows of a batch have the same count, which makes a row's mask depend on its neighbours
+and cuts the mean run from 14.7 to 7.8 frames at 8 rows.
 """
 
 from __future__ import annotations
@@ -18,18 +18,22 @@ MINIMUM_FRAMES = 4  # a row with fewer frames is not masked: nothing would be le
 
 
 class MaskingConfig(BaseModel):
-    """Which frames the encoder must predict, and against how many distractors (wav2vec 2.0, arXiv 2006.11477, 3.1 and 3.2)."""
+    """Which frames the encoder must predict, and against how many distractors (wav2vec 2.0, arXiv 2006.11477, 3.1 and
+    3.2).
+    """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    probability: float = Field(0.65, gt=0, le=1, description="spans × length as a share of the frames; spans overlap, so less is masked")
+    probability: float = Field(0.65, gt=0, le=1, description="spans × length ÷ frames; as spans overlap, less is masked")
     length: int = Field(10, ge=1, description="frames in a span")
     minimum_spans: int = Field(2, ge=1, description="spans in even the shortest clip")
-    negatives: int = Field(100, ge=1, description="distractors for each masked frame, from the same clip's masked frames")
+    negatives: int = Field(100, ge=1, description="distractors a masked frame, from its own clip")
 
 
 def conv_frames(samples: int, layers: Sequence[Sequence[int]]) -> int:
-    """Frames that a stack of valid convolutions ``(dim, kernel, stride)`` makes of ``samples`` audio samples; never negative."""
+    """Frames that a stack of valid convolutions ``(dim, kernel, stride)`` makes of ``samples`` audio samples; never
+    negative.
+    """
     for _, kernel, stride in layers:
         samples = (samples - kernel) // stride + 1 if samples >= kernel else 0
     return samples
@@ -38,8 +42,9 @@ def conv_frames(samples: int, layers: Sequence[Sequence[int]]) -> int:
 def span_mask(frames: int, config: MaskingConfig, generator: np.random.Generator) -> np.ndarray:
     """Masked frames of one clip: bool ``(frames,)``.
 
-    The number of spans is ``probability · frames / length``, rounded up or down by chance so that its mean is exact; their starts
-    are distinct and uniform. Clips too short for two spans and a gap get shorter spans, and below ``MINIMUM_FRAMES`` no mask.
+    The number of spans is ``probability · frames / length``, rounded up or down by chance so that its mean is exact;
+    their starts are distinct and uniform. Clips too short for two spans and a gap get shorter spans, and below
+    ``MINIMUM_FRAMES`` no mask.
     """
     mask = np.zeros(frames, dtype=bool)
     if frames < MINIMUM_FRAMES:
@@ -54,10 +59,11 @@ def span_mask(frames: int, config: MaskingConfig, generator: np.random.Generator
 
 
 def draw_negatives(masked: int, negatives: int, generator: np.random.Generator) -> np.ndarray:
-    """Distractors of one clip: int64 ``(masked, negatives)``, row ``n`` uniform over the clip's other masked frames, never ``n``.
+    """Distractors of one clip: int64 ``(masked, negatives)``, row ``n`` uniform over the clip's other masked frames,
+    never ``n``.
 
-    The values count masked frames, not frames, so a distractor can't fall on padding or on an unmasked frame. With fewer than two
-    masked frames there is nothing to draw from, and the result has no rows.
+    The values count masked frames, not frames, so a distractor can't fall on padding or on an unmasked frame. With
+    fewer than two masked frames there is nothing to draw from, and the result has no rows.
     """
     if masked < 2:
         return np.zeros((0, negatives), dtype=np.int64)

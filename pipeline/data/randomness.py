@@ -1,7 +1,8 @@
 """Randomness that belongs to the sample (design rule 2).
 
-In: (seed, epoch, index, stream). Out: a NumPy generator whose numbers depend on nothing else: not on the rank, the thread, the
-number of ranks or what was drawn before. Philox is counter-based, so any of the generators is made in constant time.
+In: (seed, epoch, index, stream). Out: a NumPy generator whose numbers depend on nothing else: not on the rank, the
+thread, the number of ranks or what was drawn before. Philox is counter-based, so any of the generators is made in
+constant time.
 """
 
 from __future__ import annotations
@@ -22,8 +23,8 @@ def _stream_word(stream: str) -> int:
 def sample_generator(seed: int, epoch: int, index: int, stream: str) -> np.random.Generator:
     """The generator of sample ``index`` in ``epoch`` for one purpose, e.g. ``"crop"``.
 
-    Philox-4x64 (Salmon et al. 2011): the key holds the seed and the stream, the upper counter words the epoch and the index; the
-    lowest word counts the blocks drawn, so two generators never overlap before 2⁶⁴ blocks.
+    Philox-4x64 (Salmon et al. 2011): the key holds the seed and the stream, the upper counter words the epoch and the
+    index; the lowest word counts the blocks drawn, so two generators never overlap before 2⁶⁴ blocks.
     """
     counter = np.array([0, 0, epoch & _WORD, index & _WORD], dtype=np.uint64)
     key = np.array([seed & _WORD, _stream_word(stream)], dtype=np.uint64)
