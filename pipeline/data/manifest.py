@@ -75,7 +75,7 @@ class Manifest(BaseModel):
     kind: Literal["speech", "image"]
     sample_rate: int | None = Field(None, description="speech: of every clip, in Hz")
     image_size: int | None = Field(None, description="images: shorter side after preparation; none means as it came")
-    classes: list[str] = Field(default_factory=list, description="meaning of the labels 0, 1, …: speakers or image classes")
+    classes: list[str] = Field(default_factory=list, description="what label 0, 1, … is: a speaker or an image class")
     seed: int = Field(0, description="of the shuffle over shards")
     refused: int = Field(0, ge=0, description="source files in quarantine.jsonl")
     splits: dict[str, SplitEntry]

@@ -24,7 +24,7 @@ class MaskingConfig(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    probability: float = Field(0.65, gt=0, le=1, description="spans × length ÷ frames; as spans overlap, less is masked")
+    probability: float = Field(0.65, gt=0, le=1, description="spans × length ÷ frames; spans may overlap")
     length: int = Field(10, ge=1, description="frames in a span")
     minimum_spans: int = Field(2, ge=1, description="spans in even the shortest clip")
     negatives: int = Field(100, ge=1, description="distractors a masked frame, from its own clip")
