@@ -1,0 +1,302 @@
+"""The `tessera` command: each subcommand parses its arguments and calls the part that does the work.
+
+In: the command line. Out: an exit code: 0 done, 1 the work found something wrong, 2 the request can't be carried out.
+Imports nothing but Typer: every library loads inside the command that needs it, so `tessera --help` answers at once.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+app = typer.Typer(
+    name="tessera",
+    help="Pretrain discrete representations of speech and images, the same on any number of machines.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_show_locals=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+prepare_app = typer.Typer(no_args_is_help=True, help="Make shards and a manifest from a raw tree, with Ray.")
+app.add_typer(prepare_app, name="prepare")
+
+Overrides = Annotated[
+    list[str] | None, typer.Argument(metavar="[key=value]…", help="Dotted overrides, such as quantizer.kind=ksom.")
+]
+RecipeArgument = Annotated[
+    str, typer.Argument(help="A recipe file, or the name of a bundled recipe such as speech/wav2vec2_tiny_knn.")
+]
+
+
+class OnBad(StrEnum):
+    quarantine = "quarantine"
+    fail = "fail"
+
+
+class Backend(StrEnum):
+    local = "local"
+    ray = "ray"
+    slurm = "slurm"
+    hostfile = "hostfile"
+    kubernetes = "kubernetes"
+
+
+class ExportFormat(StrEnum):
+    huggingface = "huggingface"
+    fairseq2 = "fairseq2"
+    safetensors = "safetensors"
+
+
+@app.command()
+def demo(
+    out: Annotated[Path, typer.Option(help="Folder for everything the demo makes; it is emptied first.")] = Path(
+        "demo"
+    ),
+    samples: Annotated[
+        Path | None, typer.Option(help="Folder with speech/ and images/; by default the bundled sample.")
+    ] = None,
+) -> None:
+    """The whole main job on real speech and real photographs, on this machine, in under 10 minutes."""
+    from launch.demo import run_demo
+
+    raise typer.Exit(run_demo(out, samples))
+
+
+def _prepare(
+    kind: str,
+    source: Path,
+    out: Path,
+    shard_bytes: int,
+    split: str,
+    on_bad: OnBad,
+    workers: int | None,
+    ray_address: str | None,
+    seed: int,
+    image_size: int | None = None,
+) -> None:
+    from launch.prepare import prepare_and_show
+
+    raise typer.Exit(
+        prepare_and_show(
+            kind,
+            source,
+            out,
+            shard_bytes=shard_bytes,
+            splits=split,
+            on_bad=on_bad.value,
+            workers=workers,
+            ray_address=ray_address,
+            seed=seed,
+            image_size=image_size,
+        )
+    )
+
+
+ShardBytes = Annotated[int, typer.Option(min=1, help="Wanted size of a shard in bytes.")]
+Split = Annotated[str, typer.Option(help="Splits and their shares, such as train=0.95,validation=0.05.")]
+OnBadOption = Annotated[OnBad, typer.Option(help="What to do with a file that can't be read.")]
+Workers = Annotated[int | None, typer.Option(min=1, help="Shards written at a time; by default one a core.")]
+RayAddress = Annotated[
+    str | None, typer.Option(help="Address of a running Ray cluster, such as auto; by default this machine.")
+]
+Seed = Annotated[int, typer.Option(min=0, help="Of the assignment of samples to shards.")]
+Source = Annotated[Path, typer.Argument(help="Folder of files, searched in depth.")]
+Out = Annotated[
+    Path, typer.Argument(help="Folder of the data set; the same command again finishes an interrupted one.")
+]
+
+
+@prepare_app.command("speech")
+def prepare_speech(
+    source: Source,
+    out: Out,
+    shard_bytes: ShardBytes = 256 * 2**20,
+    split: Split = "train=0.98,validation=0.02",
+    on_bad: OnBadOption = OnBad.quarantine,
+    workers: Workers = None,
+    ray_address: RayAddress = None,
+    seed: Seed = 0,
+) -> None:
+    """FLAC, WAV, OGG, MP3 → WebDataset shards at 16 kHz."""
+    _prepare("speech", source, out, shard_bytes, split, on_bad, workers, ray_address, seed)
+
+
+@prepare_app.command("images")
+def prepare_images(
+    source: Source,
+    out: Out,
+    shard_bytes: ShardBytes = 256 * 2**20,
+    split: Split = "train=0.98,validation=0.02",
+    on_bad: OnBadOption = OnBad.quarantine,
+    workers: Workers = None,
+    ray_address: RayAddress = None,
+    seed: Seed = 0,
+    image_size: Annotated[int | None, typer.Option(min=8, help="Shrink larger images to this shorter side.")] = None,
+) -> None:
+    """JPEG, PNG, WebP → WebDataset shards; folders are classes."""
+    _prepare("image", source, out, shard_bytes, split, on_bad, workers, ray_address, seed, image_size)
+
+
+@app.command()
+def verify(dataset: Annotated[Path, typer.Argument(help="Data set folder.")]) -> None:
+    """Check every shard of a data set against its manifest; exit 1 and a list when something is off."""
+    from launch.prepare import verify_and_show
+
+    raise typer.Exit(verify_and_show(dataset))
+
+
+@app.command()
+def plan(
+    recipe: RecipeArgument,
+    overrides: Overrides = None,
+    ranks: Annotated[int, typer.Option(min=1, help="Ranks the memory and the command are for.")] = 1,
+) -> None:
+    """What a run would need: parameters, memory a rank, samples, steps, padding; nothing is trained."""
+    from launch.plan import print_plan
+
+    print_plan(recipe, overrides or [], ranks)
+
+
+@app.command()
+def train(
+    recipe: RecipeArgument,
+    overrides: Overrides = None,
+    run: Annotated[Path, typer.Option(help="Run folder; training starts where it left off.")] = ...,  # type: ignore[assignment]
+    ranks: Annotated[
+        int | None, typer.Option(min=1, help="Processes on this machine; by default one a GPU, or 1.")
+    ] = None,
+) -> None:
+    """Train on this machine."""
+    from launch.start import start_locally
+
+    raise typer.Exit(start_locally(recipe, overrides or [], run, ranks))
+
+
+@app.command()
+def launch(
+    recipe: RecipeArgument,
+    overrides: Overrides = None,
+    on: Annotated[Backend, typer.Option(help="What starts the ranks.")] = Backend.local,
+    run: Annotated[Path, typer.Option(help="Run folder, on a file system that all nodes see.")] = ...,  # type: ignore[assignment]
+    nodes: Annotated[int, typer.Option(min=1)] = 1,
+    ranks_per_node: Annotated[int, typer.Option(min=1)] = 1,
+    failures: Annotated[int, typer.Option(min=0, help="ray: dead worker groups to replace before giving up.")] = 3,
+    ray_address: RayAddress = None,
+    hostfile: Annotated[Path | None, typer.Option(help="hostfile: one `host slots=N` a line.")] = None,
+    image: Annotated[str, typer.Option(help="kubernetes: container image with Tessera in it.")] = "tessera:latest",
+    time_limit: Annotated[str, typer.Option(help="slurm: time limit of the job.")] = "24:00:00",
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print what would run, and start nothing.")] = False,
+) -> None:
+    """Train on a cluster."""
+    from launch.start import start
+
+    raise typer.Exit(
+        start(
+            on.value,
+            recipe,
+            overrides or [],
+            run,
+            nodes=nodes,
+            ranks_per_node=ranks_per_node,
+            failures=failures,
+            ray_address=ray_address,
+            hostfile=hostfile,
+            image=image,
+            time_limit=time_limit,
+            dry_run=dry_run,
+        )
+    )
+
+
+@app.command()
+def evaluate(
+    run: Annotated[Path, typer.Argument(help="Run folder.")],
+    data: Annotated[Path | None, typer.Option(help="Data set folder; by default the one of the recipe.")] = None,
+    split: Annotated[str | None, typer.Option(help="By default validation if there is one, else train.")] = None,
+) -> None:
+    """Metrics over a whole split, as a table and RUN/metrics.json."""
+    from pipeline.evaluation import evaluate as evaluate_run
+    from pipeline.evaluation import metrics_table
+    from rich.console import Console
+
+    Console().print(metrics_table(evaluate_run(run, data=data, split=split)))
+
+
+@app.command()
+def tokenize(
+    run: Annotated[Path, typer.Argument(help="Run folder.")],
+    dataset: Annotated[Path, typer.Argument(help="Data set folder.")],
+    out: Annotated[Path, typer.Argument(help="Folder for the shards of codes.")],
+    ray_address: RayAddress = None,
+) -> None:
+    """A data set's codes as WebDataset shards, through Ray."""
+    from pipeline.export import tokenize as tokenize_dataset
+
+    from launch.ray_session import ray_session
+
+    with ray_session(ray_address):
+        summary = tokenize_dataset(run, dataset, out)
+    typer.echo(str(summary))
+
+
+@app.command()
+def export(
+    run: Annotated[Path, typer.Argument(help="Run folder.")],
+    out: Annotated[Path, typer.Argument(help="Folder for the weights.")],
+    format: Annotated[ExportFormat, typer.Option("--format", help="Whose format.")] = ExportFormat.huggingface,
+) -> None:
+    """Weights that others can load."""
+    from pipeline.export import export as export_run
+
+    typer.echo(f"wrote {export_run(run, out, format=format.value)}")
+
+
+@app.command()
+def report(
+    runs: Annotated[list[Path], typer.Argument(help="Run folders; several are compared.")],
+    out: Annotated[Path | None, typer.Option(help="HTML file; by default RUN/report.html of the first run.")] = None,
+) -> None:
+    """One self-contained HTML file with the figures."""
+    from pipeline.evaluation import write_report
+
+    typer.echo(f"wrote {write_report(runs, out)}")
+
+
+@app.command()
+def inspect(path: Annotated[Path, typer.Argument(help="A run, a checkpoint, a shard or a data set.")]) -> None:
+    """What a run, checkpoint, shard or data set holds."""
+    from launch.inspect import print_contents
+
+    print_contents(path)
+
+
+@app.command()
+def doctor() -> None:
+    """What this machine or cluster has, what is missing, and what to do about it."""
+    from launch.doctor import diagnose, print_findings
+
+    raise typer.Exit(print_findings(diagnose()))
+
+
+def main() -> None:
+    """Entry point: an error that names its cause is printed without a traceback, exit code 2."""
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    try:
+        app()
+    except (ValueError, OSError, RuntimeError) as error:
+        # A library's RuntimeError needs its traceback; ours, wrong values and the file system's errors say what is
+        # wrong.
+        ours = type(error).__module__.partition(".")[0] in ("pipeline", "recipes", "data_prep", "launch")
+        if os.environ.get("TESSERA_TRACEBACK") or not (ours or isinstance(error, ValueError | OSError)):
+            raise
+        typer.echo(f"error: {error}", err=True)
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,110 @@
+"""Shows a run while other processes train it, by reading its log.jsonl.
+
+In: a run folder and the number of steps. Out: a rich progress bar on a terminal, a line now and then elsewhere. Imports
+no torch.
+"""
+
+from __future__ import annotations
+
+import json
+import threading
+import time
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+SECONDS_BETWEEN_LINES = 10.0
+
+
+class LogReader:
+    """Reads the lines that a log file has gained since the last call; a torn last line waits for its end."""
+
+    def __init__(self, file: Path) -> None:
+        self.file = file
+        self._position = file.stat().st_size if file.is_file() else 0
+
+    def new_lines(self) -> list[dict[str, Any]]:
+        if not self.file.is_file():
+            return []
+        with self.file.open("rb") as stream:
+            stream.seek(self._position)
+            text = stream.read()
+        whole = text[: text.rfind(b"\n") + 1]
+        self._position += len(whole)
+        lines = []
+        for line in whole.splitlines():
+            try:
+                lines.append(json.loads(line))
+            except json.JSONDecodeError:  # torn by a kill, ended by the resumed run
+                continue
+        return lines
+
+
+def describe_line(line: dict[str, Any]) -> str:
+    """A log line in a few words."""
+    words = []
+    for key, label, form in (
+        ("loss", "loss", ".4f"),
+        ("accuracy", "accuracy", ".1%"),
+        ("codebook_perplexity", "perplexity", ".1f"),
+        ("codebook_usage", "usage", ".0%"),
+        ("learning_rate", "lr", ".1e"),
+    ):
+        if isinstance(line.get(key), int | float):
+            words.append(f"{label} {line[key]:{form}}")
+    return "  ".join(words)
+
+
+class Follow:
+    """Context manager: while it is open, a thread shows the run's progress."""
+
+    def __init__(self, run: Path, steps: int, title: str, console: Console | None = None) -> None:
+        self._console = console or Console()
+        self._reader = LogReader(run / "log.jsonl")
+        self._steps, self._title = steps, title
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._loop, name="tessera-follow", daemon=True)
+        self._progress = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=24),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TimeRemainingColumn(),
+            TextColumn("{task.fields[state]}"),
+            console=self._console,
+            disable=not self._console.is_terminal,
+        )
+
+    def __enter__(self) -> Follow:
+        self._progress.start()
+        self._task = self._progress.add_task(self._title, total=self._steps, state="starting the ranks …")
+        self._thread.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._stop.set()
+        self._thread.join()
+        self._progress.stop()
+
+    def _loop(self) -> None:
+        said = 0.0
+        attempt = None
+        while True:
+            last_round = self._stop.is_set()
+            for line in self._reader.new_lines():
+                if attempt is not None and line["attempt"] != attempt:
+                    self._console.print(f"  {self._title}: resumed, first line at step {line['step']}")
+                attempt = line["attempt"]
+                self._progress.update(self._task, completed=line["step"], state=describe_line(line))
+                done = line["step"] >= self._steps
+                if not self._console.is_terminal and (done or time.monotonic() - said >= SECONDS_BETWEEN_LINES):
+                    self._console.print(f"  {self._title}: step {line['step']}/{self._steps}  {describe_line(line)}")
+                    said = time.monotonic()
+            if last_round:
+                return
+            self._stop.wait(0.3)

@@ -1,0 +1,37 @@
+"""`python -m pipeline.training RECIPE [key=value …] --run DIR`: one rank.
+
+What torchrun, `accelerate launch -m`, DeepSpeed's runner and Slurm's srun start on each rank.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import sys
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m pipeline.training", description=__doc__)
+    parser.add_argument("recipe", help="a recipe file or the name of a bundled recipe")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="dotted overrides")
+    parser.add_argument("--run", required=True, help="run folder; training starts where it left off")
+    arguments, unknown = parser.parse_known_args()
+    # DeepSpeed's runner appends --local_rank=N; the same number is in the environment.
+    rest = [argument for argument in unknown if not argument.startswith("--local_rank")]
+    if rest:
+        parser.error(f"unknown arguments: {' '.join(rest)}")
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
+
+    from pipeline.training.loop import train
+    from recipes.schema import RecipeError, load_recipe
+
+    try:
+        train(load_recipe(arguments.recipe, arguments.overrides), arguments.run)
+    except RecipeError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

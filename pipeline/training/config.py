@@ -1,0 +1,81 @@
+"""Configuration of the training run: optimiser, schedule, engine, codebooks and loop.
+
+Pure pydantic, no torch: the schema and the command line read it without loading a library.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+
+class OptimizerConfig(BaseModel):
+    """Adam or AdamW; codebooks, norms and biases never get weight decay."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    kind: Literal["adamw", "adam"] = "adamw"
+    learning_rate: float = Field(5e-4, gt=0, description="peak learning rate")
+    betas: tuple[float, float] = Field((0.9, 0.98), description="decay rates of the two moments")
+    epsilon: float = Field(1e-6, gt=0)
+    weight_decay: float = Field(0.01, ge=0)
+
+
+class ScheduleConfig(BaseModel):
+    """Learning rate as a factor of the peak, a pure function of the step."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    kind: Literal["constant", "polynomial", "cosine", "tri_stage"] = "polynomial"
+    warmup_steps: int = Field(0, ge=0, description="linear rise from 0 to the peak")
+    hold_steps: int = Field(0, ge=0, description="tri_stage only: steps at the peak before the decay")
+    final_factor: float = Field(0.0, ge=0, le=1, description="factor reached at the last step")
+    power: float = Field(1.0, gt=0, description="polynomial only: 1 is a straight line")
+
+    @model_validator(mode="after")
+    def _hold_belongs_to_tri_stage(self) -> ScheduleConfig:
+        if self.hold_steps and self.kind != "tri_stage":
+            raise ValueError(
+                f"hold_steps={self.hold_steps} means nothing for kind={self.kind}: use kind=tri_stage or 0"
+            )
+        return self
+
+
+class EngineConfig(BaseModel):
+    """What DeepSpeed does with the model."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    zero_stage: Literal[0, 1, 2, 3] = Field(
+        1, description="what is partitioned: 1 optimiser, 2 + gradients, 3 + weights"
+    )
+    precision: Literal["fp32", "bf16"] = Field(
+        "fp32", description="of weights and activations; codebook state is always fp32"
+    )
+    gradient_clipping: float = Field(1.0, ge=0, description="largest global gradient norm; 0 switches clipping off")
+    deterministic: bool = Field(
+        True, description="refuse nondeterministic torch kernels where torch knows a better one"
+    )
+
+
+class CodebookConfig(BaseModel):
+    """What happens to codebooks around the steps."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    initialise: Literal["none", "kmeans"] = Field("none", description="how codes are set before the first step")
+    initialise_steps: int = Field(1, ge=1, description="global batches that k-means sees")
+    check_every: int = Field(100, ge=1, description="steps between two comparisons of the ranks' codebook checksums")
+
+
+class TrainingConfig(BaseModel):
+    """The loop's lengths and intervals, in optimiser steps."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    steps: int = Field(ge=1, description="optimiser steps of the whole run")
+    log_every: int = Field(10, ge=1)
+    checkpoint_every: int = Field(1000, ge=1)
+    keep_checkpoints: int = Field(3, ge=1, description="how many of the newest checkpoints stay")
+    collective_timeout: int = Field(600, ge=10, description="seconds after which a missing peer is an error")

@@ -1,0 +1,95 @@
+"""DeepSpeed as the engine: where its settings and its start-up live, and nothing else.
+
+In: a model, an optimiser and the recipe's EngineConfig. Out: a DeepSpeedEngine. May touch: environment variables that
+DeepSpeed reads at import, and the process group when none exists yet.
+"""
+
+from __future__ import annotations
+
+import datetime
+import logging
+import os
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from pipeline.training.config import EngineConfig
+
+if TYPE_CHECKING:
+    from deepspeed import DeepSpeedEngine
+
+
+def import_deepspeed() -> Any:
+    """Import DeepSpeed for the device this machine has, quietly and without compiling extensions."""
+    if not torch.cuda.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    os.environ.setdefault("DS_SKIP_CUDA_CHECK", "1")
+    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    import deepspeed
+
+    # The shared-memory collectives need ninja and a C++ compiler at start-up; gloo does the same work without.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    from deepspeed.utils import logger
+
+    logger.setLevel(logging.WARNING)
+    return deepspeed
+
+
+def join_process_group(timeout_seconds: int) -> torch.device:
+    """Join (or make) the process group of the ranks that exist and return this rank's device.
+
+    Reads RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT, which torchrun, Ray Train, accelerate, DeepSpeed's
+    runner and Slurm scripts all set; without them this process is the only rank. NCCL where CUDA is, gloo elsewhere. A
+    peer missing for ``timeout_seconds`` is an error on every rank that waits for it.
+    """
+    defaults = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"}
+    if "RANK" not in os.environ:
+        os.environ.setdefault("MASTER_PORT", str(_free_port()))
+    for name, value in defaults.items():
+        os.environ.setdefault(name, value)
+    cuda = torch.cuda.is_available()
+    device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if cuda else torch.device("cpu")
+    if cuda:
+        torch.cuda.set_device(device)
+    deepspeed = import_deepspeed()
+    deepspeed.init_distributed(
+        dist_backend="nccl" if cuda else "gloo",
+        auto_mpi_discovery=False,
+        verbose=False,
+        timeout=datetime.timedelta(seconds=timeout_seconds),
+    )
+    return device
+
+
+def engine_settings(config: EngineConfig, accumulation: int) -> dict[str, Any]:
+    """DeepSpeed's configuration for ``accumulation`` micro-batches a step and rank."""
+    return {
+        # Micro-batches vary in size; the loop normalises losses itself (design rule 3), so DeepSpeed only counts them.
+        "train_micro_batch_size_per_gpu": 1,
+        "gradient_accumulation_steps": accumulation,
+        "gradient_clipping": config.gradient_clipping,
+        "zero_optimization": {"stage": config.zero_stage, "overlap_comm": False},
+        "zero_allow_untested_optimizer": True,
+        "bf16": {"enabled": config.precision == "bf16"},
+        "steps_per_print": 2**31,
+        "wall_clock_breakdown": False,
+    }
+
+
+def build_engine(
+    model: torch.nn.Module, optimizer: torch.optim.Optimizer, config: EngineConfig, accumulation: int
+) -> DeepSpeedEngine:
+    """Wrap the model for training. Needs the process group."""
+    deepspeed = import_deepspeed()
+    engine, *_ = deepspeed.initialize(
+        model=model, optimizer=optimizer, config=engine_settings(config, accumulation), dist_init_required=False
+    )
+    return engine
+
+
+def _free_port() -> int:
+    import socket
+
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return listener.getsockname()[1]

@@ -1,0 +1,102 @@
+"""The run folder: where a run's recipe, log and checkpoints lie, and how they are read back.
+
+In: a path. Out: :class:`Run`. Evaluation, export, tokenisation and the report read runs through it; only the trainer
+writes.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pipeline.training.checkpoint import CheckpointError, find_latest, list_checkpoints
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from recipes.schema import Recipe
+
+
+class Run:
+    """A run folder on disk.
+
+    RUN/recipe.yaml  RUN/environment.json  RUN/log.jsonl  RUN/tensorboard/
+    RUN/checkpoints/step-00001000/  RUN/metrics.json  RUN/report.html
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+
+    @property
+    def recipe_file(self) -> Path:
+        return self.path / "recipe.yaml"
+
+    @property
+    def environment_file(self) -> Path:
+        return self.path / "environment.json"
+
+    @property
+    def log_file(self) -> Path:
+        return self.path / "log.jsonl"
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.path / "checkpoints"
+
+    def exists(self) -> bool:
+        """Whether the folder holds a run."""
+        return self.recipe_file.is_file()
+
+    def recipe(self) -> Recipe:
+        """The run's recipe; raises FileNotFoundError naming the folder when it holds none."""
+        from recipes.schema import load_recipe
+
+        if not self.exists():
+            raise FileNotFoundError(
+                f"{self.path} is not a run folder (no recipe.yaml): give the --run folder of `tessera train`"
+            )
+        return load_recipe(self.recipe_file)
+
+    def environment(self) -> dict[str, Any]:
+        """Versions, hosts and process ids of the last start."""
+        return json.loads(self.environment_file.read_text())
+
+    def log(self) -> list[dict[str, Any]]:
+        """Every log line, oldest first; a line torn by a kill is left out. Steps repeat after a resume: ``attempt``."""
+        if not self.log_file.is_file():
+            return []
+        lines = []
+        for line in self.log_file.read_text().splitlines():
+            try:
+                lines.append(json.loads(line))
+            except json.JSONDecodeError:
+                continue
+        return lines
+
+    def list_checkpoints(self) -> list[Path]:
+        """Finished checkpoints, oldest first."""
+        return list_checkpoints(self.checkpoints)
+
+    def latest_checkpoint(self) -> Path | None:
+        """The newest whole checkpoint, every file's hash compared, or None."""
+        return find_latest(self.checkpoints)[0]
+
+    def load_model(self, checkpoint: Path | None = None, device: str = "cpu") -> tuple[nn.Module, Recipe]:
+        """The trained model in evaluation mode with fp32 weights and codebooks, and the recipe.
+
+        ``checkpoint`` is one of :meth:`list_checkpoints`, by default the latest whole one. Raises CheckpointError when
+        there is none.
+        """
+        from pipeline.models import build_model
+        from pipeline.training.checkpoint import read_weights
+
+        recipe = self.recipe()
+        checkpoint = checkpoint or self.latest_checkpoint()
+        if checkpoint is None:
+            raise CheckpointError(
+                f"{self.checkpoints} holds no whole checkpoint: train first, `tessera train RECIPE --run {self.path}`"
+            )
+        model = build_model(recipe.model, recipe.quantizer)
+        model.load_state_dict(read_weights(checkpoint))
+        return model.to(device).eval(), recipe

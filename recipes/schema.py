@@ -1,0 +1,285 @@
+"""The recipe: one validated value that says everything about a run.
+
+In: a YAML file and dotted overrides. Out: a :class:`Recipe`, or a :class:`RecipeError` that names each wrong key, its
+value and what would do. Joins the configurations that stand beside the parts they configure; holds none of its own but
+the joints.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, get_args
+
+import yaml
+from pipeline.models.config import ModelConfig
+from pipeline.quantizers import QuantizerConfig
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from pipeline.data.config import BatchConfig, DataConfig
+from pipeline.training.config import CodebookConfig, EngineConfig, OptimizerConfig, ScheduleConfig, TrainingConfig
+
+RECIPE_FOLDER = Path(__file__).parent
+DATA_KIND = {"wav2vec2": "speech", "autoencoder": "image"}
+
+
+class RecipeError(ValueError):
+    """A recipe that can't be run; the message names the key, the value and what would be accepted."""
+
+
+class Recipe(BaseModel):
+    """Everything that decides a run's result, except the number of ranks, which must not."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    name: str = Field(min_length=1, description="names the run in reports and logs")
+    description: str = Field("", description="a sentence for the reader")
+    seed: int = Field(0, ge=0, description="of the weights, the sampling plan and every sample's own generator")
+    data: DataConfig = Field(default_factory=DataConfig)
+    model: ModelConfig
+    quantizer: QuantizerConfig
+    batch: BatchConfig
+    optimizer: OptimizerConfig = Field(default_factory=OptimizerConfig)
+    schedule: ScheduleConfig = Field(default_factory=ScheduleConfig)
+    engine: EngineConfig = Field(default_factory=EngineConfig)
+    codebooks: CodebookConfig = Field(default_factory=CodebookConfig)
+    training: TrainingConfig
+
+    @property
+    def data_kind(self) -> str:
+        """ "speech" or "image": the kind of data set this recipe reads."""
+        return DATA_KIND[self.model.kind]
+
+    @model_validator(mode="after")
+    def _combinations_mean_something(self) -> Recipe:
+        wanted, other = ("seconds", "samples") if self.data_kind == "speech" else ("samples", "seconds")
+        if getattr(self.batch, wanted) is None:
+            raise ValueError(
+                f"batch.{wanted} is missing: model.kind={self.model.kind} sizes its micro-batches in {wanted}"
+            )
+        if getattr(self.batch, other) is not None:
+            raise ValueError(
+                f"batch.{other}={getattr(self.batch, other)} means nothing for model.kind={self.model.kind}: "
+                f"use batch.{wanted}"
+            )
+        if self.quantizer.kind == "identity" and self.codebooks.initialise != "none":
+            raise ValueError(
+                f"codebooks.initialise={self.codebooks.initialise} needs a codebook, quantizer.kind=identity "
+                "has none: use none"
+            )
+        if self.schedule.warmup_steps + self.schedule.hold_steps > self.training.steps:
+            raise ValueError(
+                f"schedule.warmup_steps={self.schedule.warmup_steps} + schedule.hold_steps={self.schedule.hold_steps} "
+                f"outlast training.steps={self.training.steps}: use at most {self.training.steps} together"
+            )
+        return self
+
+    def check_ranks(self, ranks: int) -> None:
+        """Raise :class:`RecipeError` unless ``ranks`` divides the step's micro-batches (design rule 1)."""
+        micro_batches = self.batch.micro_batches
+        if ranks < 1:
+            raise RecipeError(f"{ranks} ranks can't train: use 1 or more")
+        if micro_batches % ranks:
+            divisors = [number for number in range(1, micro_batches + 1) if micro_batches % number == 0]
+            below = micro_batches // ranks * ranks
+            counts = [count for count in (below, below + ranks, below + 2 * ranks) if count]
+            raise RecipeError(
+                f"batch.micro_batches={micro_batches} can't be shared by {ranks} ranks: "
+                f"use batch.micro_batches={_any_of(counts)}, or {_any_of(divisors)} ranks"
+            )
+
+    def check_data(self) -> None:
+        """Raise :class:`RecipeError` unless ``data.path`` holds a prepared data set of this recipe's kind and split."""
+        from pipeline.data.manifest import ManifestError, read_manifest
+
+        noun = "images" if self.data_kind == "image" else "speech"
+        if self.data.path is None:
+            raise RecipeError(
+                f"data.path is missing: add data.path=FOLDER, a folder made by `tessera prepare {noun} SOURCE FOLDER`"
+            )
+        try:
+            manifest = read_manifest(self.data.path)
+        except (OSError, ManifestError) as error:
+            raise RecipeError(f"data.path={self.data.path}: {error}") from error
+        if manifest.kind != self.data_kind:
+            raise RecipeError(
+                f"data.path={self.data.path} holds {manifest.kind} data, model.kind={self.model.kind} reads "
+                f"{self.data_kind} data: "
+                f"use a folder made by `tessera prepare {noun}`"
+            )
+        if self.data.split not in manifest.splits:
+            raise RecipeError(
+                f"data.split={self.data.split} is not in {self.data.path}: use {_any_of(sorted(manifest.splits))}"
+            )
+
+    def to_yaml(self) -> str:
+        """The recipe as YAML, each value in full; :func:`load_recipe` reads it back to an equal recipe."""
+        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
+
+def load_recipe(path: str | Path, overrides: Iterable[str] | Mapping[str, Any] = ()) -> Recipe:
+    """Read and validate a recipe.
+
+    ``path`` is a YAML file, or the name of a bundled recipe such as ``speech/wav2vec2_tiny_knn``. ``overrides`` are
+    dotted: ``["quantizer.kind=ksom", "quantizer.grid=[32,16]"]`` or the same as a mapping. Changing ``quantizer.kind``
+    or ``model.kind`` drops the options of the old kind that the new one does not have.
+
+    Raises :class:`RecipeError` for a missing file, bad YAML, an unknown key or an impossible value, all of them at
+    once.
+    """
+    file = find_recipe(path)
+    try:
+        values = yaml.safe_load(file.read_text()) or {}
+    except yaml.YAMLError as error:
+        raise RecipeError(f"{file} is not YAML: {error}") from error
+    if not isinstance(values, dict):
+        raise RecipeError(f"{file} holds a {type(values).__name__}: a recipe is a mapping of keys to values")
+    assignments = overrides.items() if isinstance(overrides, Mapping) else map(parse_override, overrides)
+    for key, value in assignments:
+        _assign(values, key, value)
+    return parse_recipe(values, source=str(path))
+
+
+def parse_recipe(values: Mapping[str, Any], source: str = "recipe") -> Recipe:
+    """Validate a mapping; raises :class:`RecipeError` with one line for each thing that is wrong."""
+    try:
+        return Recipe.model_validate(values)
+    except ValidationError as error:
+        lines = [_explain(problem, values) for problem in error.errors()]
+        raise RecipeError(
+            f"{source} can't be run:\n" + "\n".join(f"  {line}" for line in dict.fromkeys(lines))
+        ) from error
+
+
+def find_recipe(path: str | Path) -> Path:
+    """The YAML file that ``path`` names: a file, or a bundled recipe with or without its folder and suffix."""
+    given = Path(path)
+    if given.is_file():
+        return given
+    bundled = sorted(RECIPE_FOLDER.glob("*/*.yaml"))
+    name = str(path).removeprefix("recipes/").removesuffix(".yaml")
+    for file in bundled:
+        if name in (file.stem, f"{file.parent.name}/{file.stem}"):
+            return file
+    names = [f"{file.parent.name}/{file.stem}" for file in bundled]
+    near = difflib.get_close_matches(name, names + [file.stem for file in bundled], n=1)
+    raise RecipeError(
+        f"recipe {path} does not exist: use a YAML file or one of {', '.join(names)}"
+        + (f"; did you mean {near[0]}?" if near else "")
+    )
+
+
+def parse_override(text: str) -> tuple[str, Any]:
+    """``"quantizer.grid=[8,8]"`` → ``("quantizer.grid", [8, 8])``; the value is YAML."""
+    key, equals, value = text.partition("=")
+    if not equals or not key.strip():
+        raise RecipeError(f"override {text!r} is not key=value: write for example batch.micro_batches=8")
+    try:
+        return key.strip(), yaml.safe_load(value)
+    except yaml.YAMLError as error:
+        raise RecipeError(f"override {text!r}: the value is not YAML ({error})") from error
+
+
+def changed_keys(old: Recipe, new: Recipe) -> dict[str, tuple[Any, Any]]:
+    """Dotted keys whose values differ, with the old and the new value."""
+    before, after = _flatten(old.model_dump(mode="json")), _flatten(new.model_dump(mode="json"))
+    return {
+        key: (before.get(key), after.get(key))
+        for key in sorted(before.keys() | after.keys())
+        if before.get(key) != after.get(key)
+    }
+
+
+def _flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        if isinstance(value, Mapping):
+            flat |= _flatten(value, f"{prefix}{key}.")
+        else:
+            flat[prefix + key] = value
+    return flat
+
+
+def _assign(values: dict[str, Any], key: str, value: Any) -> None:
+    *parents, last = key.split(".")
+    section = values
+    for parent in parents:
+        below = section.setdefault(parent, {})
+        if not isinstance(below, dict):
+            raise RecipeError(f"override {key}={value}: {parent} holds {below!r}, which has no keys below it")
+        section = below
+    if last == "kind" and len(parents) == 1 and section.get("kind") not in (None, value):
+        keep = _fields_of_kind(parents[0], value)
+        for name in [name for name in section if keep is not None and name not in keep]:
+            del section[name]
+    section[last] = value
+
+
+def _kinds(section: str) -> dict[str, type[BaseModel]]:
+    """The configurations that ``section`` ("model" or "quantizer") can hold, by kind."""
+    union = {"model": ModelConfig, "quantizer": QuantizerConfig}.get(section)
+    if union is None:
+        return {}
+    members = get_args(get_args(union)[0])
+    return {get_args(member.model_fields["kind"].annotation)[0]: member for member in members}
+
+
+def _fields_of_kind(section: str, kind: str) -> set[str] | None:
+    config = _kinds(section).get(kind)
+    return None if config is None else set(config.model_fields)
+
+
+def _explain(problem: Mapping[str, Any], values: Mapping[str, Any]) -> str:
+    """One line for one pydantic error: key, value, what would do."""
+    location = [str(part) for part in problem["loc"]]
+    # pydantic puts the chosen kind of a union into the location; the user never wrote it there.
+    if len(location) > 1 and location[1] in _kinds(location[0]):
+        location.pop(1)
+    key = ".".join(location)
+    kind, context = problem["type"], problem.get("ctx", {})
+    if kind == "extra_forbidden":
+        known = _known_keys(location, values)
+        near = difflib.get_close_matches(location[-1], known, n=1)
+        hint = f"did you mean {near[0]}? " if near else ""
+        return f"{key}={problem['input']!r}: unknown key; {hint}known keys here: {', '.join(known)}"
+    if kind == "missing":
+        return f"{key} is missing: {_description(location, values) or 'a value is needed'}"
+    if kind == "union_tag_invalid":
+        return f"{key}.kind={context.get('tag')!r}: unknown kind; use {_any_of(list(_kinds(location[0])))}"
+    if kind == "union_tag_not_found":
+        return f"{key}.kind is missing: use {_any_of(list(_kinds(location[0])))}"
+    if kind == "value_error":
+        message = str(context.get("error", problem["msg"]))
+        return f"{key}: {message}" if key else message
+    return f"{key}={problem['input']!r}: {problem['msg'][0].lower()}{problem['msg'][1:]}"
+
+
+def _section(location: list[str], values: Mapping[str, Any]) -> type[BaseModel] | None:
+    """The configuration class that holds the last key of ``location``."""
+    config: type[BaseModel] | None = Recipe
+    here: Any = values
+    for part in location[:-1]:
+        here = here.get(part, {}) if isinstance(here, Mapping) else {}
+        if config is Recipe and part in ("model", "quantizer"):
+            config = _kinds(part).get(here.get("kind") if isinstance(here, Mapping) else "")
+        else:
+            annotation = config.model_fields[part].annotation if config and part in config.model_fields else None
+            config = annotation if isinstance(annotation, type) and issubclass(annotation, BaseModel) else None
+    return config
+
+
+def _known_keys(location: list[str], values: Mapping[str, Any]) -> list[str]:
+    config = _section(location, values)
+    return list(config.model_fields) if config else []
+
+
+def _description(location: list[str], values: Mapping[str, Any]) -> str | None:
+    config = _section(location, values)
+    field = config.model_fields.get(location[-1]) if config else None
+    return field.description if field else None
+
+
+def _any_of(choices: list[Any]) -> str:
+    words = [str(choice) for choice in choices]
+    return words[0] if len(words) == 1 else ", ".join(words[:-1]) + " or " + words[-1]
