@@ -22,7 +22,7 @@ class DataConfig(BaseModel):
 
     min_seconds: float = Field(1.0, ge=0.1, description="speech: shorter clips are left out of training")
     max_seconds: float = Field(15.6, gt=0, description="speech: longer clips are cropped, elsewhere each epoch")
-    bucket_seconds: float = Field(0.25, gt=0, description="speech: clips of a length within this trade places")
+    bucket_seconds: float = Field(0.5, gt=0, description="speech: clips of a length within this trade places")
     normalise: bool = Field(True, description="speech: each clip to zero mean and unit variance")
 
     image_size: int = Field(64, ge=8, description="images: side of the square that the model sees, in pixels")

@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 MINIMUM_FRAMES = 4  # a row with fewer frames is not masked: nothing would be left to see it by
 
@@ -28,6 +28,15 @@ class MaskingConfig(BaseModel):
     length: int = Field(10, ge=1, description="frames in a span")
     minimum_spans: int = Field(2, ge=1, description="spans in even the shortest clip")
     negatives: int = Field(100, ge=1, description="distractors a masked frame, from its own clip")
+
+    @model_validator(mode="after")
+    def _leaves_a_negative(self) -> MaskingConfig:
+        if self.length * self.minimum_spans < 2:
+            raise ValueError(
+                f"length={self.length} with minimum_spans={self.minimum_spans} may mask a single frame, which has "
+                "no negatives: use 2 or more of either"
+            )
+        return self
 
 
 def conv_frames(samples: int, layers: Sequence[Sequence[int]]) -> int:

@@ -1,0 +1,219 @@
+"""The loader of a rank: its micro-batches, decoded ahead of the training step by threads.
+
+In: a data set, a plan, a collation, the rank's place in the world. Out: an iterator over optimiser steps. Holds no
+state that a checkpoint would need: what it gives at step ``t`` depends on ``t`` alone, whatever was read or restarted
+before.
+
+Threads and no worker processes: the decoders release the interpreter's lock, and a clip that crosses a process border
+costs more than decoding it.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections import deque
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from threading import Lock
+from typing import Any
+
+from pipeline.data.collation import Collation, SampleError
+from pipeline.data.config import SAMPLE_RATE, BatchConfig
+from pipeline.data.dataset import ShardedDataset
+from pipeline.data.plan import SampleReference, SamplingPlan
+
+logger = logging.getLogger(__name__)
+
+
+class TooManyBadSamples(RuntimeError):
+    """More samples fail to decode than the run accepts."""
+
+
+class Loader(Iterator[list[Any]]):
+    """Iterates over optimiser steps; each item is the list of this rank's micro-batches ``rank, rank + world_size, …``.
+
+    Attributes: ``wait_seconds``, time that the consumer spent waiting; ``bad``, the key and reason of each sample that
+    failed to decode and was replaced by the plan's next one. ``close()`` stops the threads; so does running out of
+    steps, or leaving a ``with`` block.
+    """
+
+    def __init__(
+        self,
+        dataset: ShardedDataset,
+        plan: SamplingPlan,
+        collation: Collation,
+        *,
+        rank: int,
+        world_size: int,
+        start_step: int,
+        prefetch: int,
+        steps: int | None,
+        threads: int,
+        max_bad: int,
+    ) -> None:
+        micro_batches = plan.batch.micro_batches
+        if micro_batches % world_size:
+            raise ValueError(
+                f"batch.micro_batches={micro_batches} can't be shared by {world_size} ranks: "
+                "use a number of ranks that divides it"
+            )
+        self.dataset = dataset
+        self.plan = plan
+        self.collation = collation
+        self.wait_seconds = 0.0
+        self.bad: dict[str, str] = {}
+        self._numbers = range(rank, micro_batches, world_size)
+        self._next_step = start_step
+        self._end = None if steps is None else start_step + steps
+        self._prefetch = prefetch
+        self._max_bad = max_bad
+        self._counting = Lock()
+        self._pool = ThreadPoolExecutor(threads, thread_name_prefix="tessera-decode")
+        self._ahead: deque[list[Future[Any]]] = deque()
+
+    def __iter__(self) -> Loader:
+        return self
+
+    def __next__(self) -> list[Any]:
+        self._fill()
+        if not self._ahead:
+            self.close()
+            raise StopIteration
+        began = time.perf_counter()
+        try:
+            item = [future.result() for future in self._ahead.popleft()]
+        except BaseException:
+            self.close()
+            raise
+        self.wait_seconds += time.perf_counter() - began
+        self._fill()
+        return item
+
+    def _fill(self) -> None:
+        while len(self._ahead) < self._prefetch and (self._end is None or self._next_step < self._end):
+            step = self._next_step
+            self._ahead.append([self._pool.submit(self._load, step, number) for number in self._numbers])
+            self._next_step += 1
+
+    def _load(self, step: int, number: int) -> Any:
+        planned = self.plan.micro_batch(step, number)
+        references = list(planned)
+        attempts = dict.fromkeys(range(len(planned)), 0)
+        while True:
+            try:
+                return self.collation(references, self.dataset, step, number)
+            except SampleError as error:
+                self._count(error)
+                place = references.index(error.reference)
+                attempts[place] += 1
+                if attempts[place] >= self.plan.samples:
+                    raise TooManyBadSamples(f"no sample of {self.dataset.path} can be decoded: {error}") from error
+                references[place] = self.plan.replacement(planned[place], attempts[place])
+
+    def _count(self, error: SampleError) -> None:
+        with self._counting:
+            if error.key not in self.bad:
+                self.bad[error.key] = error.reason
+                logger.warning("%s; the plan's next sample takes its place", error)
+            if len(self.bad) > self._max_bad:
+                keys = ", ".join(list(self.bad)[:5])
+                raise TooManyBadSamples(
+                    f"{len(self.bad)} samples of {self.dataset.path} can't be decoded, data.max_bad={self._max_bad} "
+                    f"are accepted ({keys}, …): run `tessera verify {self.dataset.path}`"
+                ) from error
+
+    def close(self) -> None:
+        """Stop decoding; what was decoded ahead is dropped."""
+        self._ahead.clear()
+        self._end = self._next_step
+        self._pool.shutdown(wait=True, cancel_futures=True)
+
+    def __enter__(self) -> Loader:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def build_loader(
+    dataset: ShardedDataset,
+    plan: SamplingPlan,
+    collation: Collation,
+    *,
+    rank: int = 0,
+    world_size: int = 1,
+    start_step: int = 0,
+    prefetch: int | None = None,
+    steps: int | None = None,
+    threads: int | None = None,
+    max_bad: int | None = None,
+) -> Loader:
+    """The loader of ``rank``, from ``start_step`` on, for ``steps`` steps or without end.
+
+    ``prefetch`` steps are decoded ahead by ``threads`` threads; neither changes a bit of what comes out. They and
+    ``max_bad`` default to the plan's data configuration. Raises ``ValueError`` if ``world_size`` does not divide the
+    plan's micro-batches.
+    """
+    return Loader(
+        dataset,
+        plan,
+        collation,
+        rank=rank,
+        world_size=world_size,
+        start_step=start_step,
+        prefetch=plan.data.prefetch if prefetch is None else prefetch,
+        steps=steps,
+        threads=plan.data.threads if threads is None else threads,
+        max_bad=plan.data.max_bad if max_bad is None else max_bad,
+    )
+
+
+def epoch_batches(
+    dataset: ShardedDataset,
+    collation: Collation,
+    batch: BatchConfig,
+    *,
+    rank: int = 0,
+    world_size: int = 1,
+    threads: int = 2,
+    prefetch: int = 4,
+) -> Iterator[Any]:
+    """Every sample of the split exactly once, whole and in order, for evaluation and tokenisation.
+
+    Speech is cut into batches of at most ``batch.seconds`` padded seconds, but a longer clip comes alone; images come
+    ``batch.samples`` at a time, the last batch with what is left. Of several ranks, each gets every ``world_size``-th
+    batch. A sample that can't be decoded raises :class:`SampleError`: an evaluation that left it out would not be
+    comparable.
+    """
+    batches = list(_cut_in_order(dataset, batch))[rank::world_size]
+    with ThreadPoolExecutor(threads, thread_name_prefix="tessera-decode") as pool:
+        ahead: deque[Future[Any]] = deque()
+        for number, references in enumerate(batches):
+            ahead.append(pool.submit(collation, references, dataset, 0, rank + number * world_size))
+            if len(ahead) > prefetch:
+                yield ahead.popleft().result()
+        while ahead:
+            yield ahead.popleft().result()
+
+
+def _cut_in_order(dataset: ShardedDataset, batch: BatchConfig) -> Iterator[Sequence[SampleReference]]:
+    if dataset.kind == "image":
+        if batch.samples is None:
+            raise ValueError("batch.samples is missing: images are read so many at a time")
+        for first in range(0, len(dataset), batch.samples):
+            yield [SampleReference(index, 0) for index in range(first, min(first + batch.samples, len(dataset)))]
+        return
+    if batch.seconds is None:
+        raise ValueError("batch.seconds is missing: speech is read so many padded seconds at a time")
+    cap = batch.seconds * SAMPLE_RATE
+    references: list[SampleReference] = []
+    longest = 0
+    for index, length in enumerate(dataset.lengths.tolist()):
+        if references and (len(references) + 1) * max(longest, length) > cap:
+            yield references
+            references, longest = [], 0
+        references.append(SampleReference(index, 0))
+        longest = max(longest, length)
+    if references:
+        yield references
