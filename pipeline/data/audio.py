@@ -27,8 +27,9 @@ def decode_audio(content: bytes, start: int = 0, samples: int | None = None) -> 
             if start:
                 file.seek(start)
             waveform = file.read(wanted, dtype="float32", always_2d=True)  # (samples, channels)
-    except (soundfile.LibsndfileError, RuntimeError) as error:
-        raise DecodeError(f"not decodable as audio: {error}") from error
+    except soundfile.LibsndfileError as error:
+        # Its own text, for str(error) has the address of the buffer in it, and reasons must be repeatable.
+        raise DecodeError(f"not decodable as audio: {error.error_string}") from error
     if len(waveform) != wanted:
         raise DecodeError(f"ends after {start + len(waveform)} of {start + wanted} audio samples")
     return waveform[:, 0] if waveform.shape[1] == 1 else waveform.mean(axis=1)

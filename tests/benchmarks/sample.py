@@ -95,14 +95,12 @@ def choose_prompts(prompts: list[Prompt]) -> list[Prompt]:
 
 def break_files(out: Path) -> None:
     """Put six files among the good ones that preparation must refuse."""
-    speech, images = out / "speech" / "broken" / "files", out / "images" / "broken"
-    for folder in (speech, images):
-        folder.mkdir(parents=True)
+    speech, images = out / "speech" / "carlo-it" / "prompts", out / "images" / "bridge"
     clip = max((out / "speech").rglob("*.flac"), key=lambda path: (path.stat().st_size, path.name)).read_bytes()
-    (speech / "truncated.flac").write_bytes(clip[: len(clip) // 4])
-    (speech / "empty.flac").write_bytes(b"")
-    (speech / "text.flac").write_text("This is no sound, whatever its name says.\n")
+    (speech / "broken-truncated.flac").write_bytes(clip[: len(clip) // 4])
+    (speech / "broken-empty.flac").write_bytes(b"")
+    (speech / "broken-text.flac").write_text("This is no sound, whatever its name says.\n")
     tile = max((out / "images").rglob("*.jpg"), key=lambda path: (path.stat().st_size, path.name)).read_bytes()
-    (images / "truncated.jpg").write_bytes(tile[: len(tile) // 2])
-    (images / "empty.jpg").write_bytes(b"")
-    (images / "text.jpg").write_text("This is no picture, whatever its name says.\n")
+    (images / "broken-truncated.jpg").write_bytes(tile[: len(tile) // 2])
+    (images / "broken-empty.jpg").write_bytes(b"")
+    (images / "broken-text.jpg").write_text("This is no picture, whatever its name says.\n")

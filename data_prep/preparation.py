@@ -1,0 +1,275 @@
+"""Preparation from end to end: scan, plan, write shards as Ray tasks, and finish with the manifest.
+
+In: a source and settings. Out: a data set folder and a :class:`PreparationSummary`. Repeating the command after an
+interruption does only what is missing, and the bytes are those of an uninterrupted run.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from data_prep.progress import PreparationProgress, console_progress
+from data_prep.shard import RECORD_FOLDER, Refusal, ShardRecord, finished_record, write_shard
+from data_prep.shard_plan import Settings, ShardTask, check_splits, parse_splits, plan_hash, plan_shards
+from data_prep.source import scan
+from pipeline.data.config import SAMPLE_RATE
+from pipeline.data.manifest import Manifest, SplitEntry, write_manifest, write_whole
+
+QUARANTINE_NAME = "quarantine.jsonl"
+PLAN_NAME = "plan.json"
+DEFAULT_SPLITS = "train=0.9,validation=0.1"
+DEFAULT_SHARD_BYTES = 256 * 1024 * 1024
+IN_FLIGHT_PER_CPU = 2  # enough to keep the workers busy; the rest waits here and not in Ray's queue
+
+
+class PreparationError(RuntimeError):
+    """A preparation that can't go on; the message names the file or folder and what would do."""
+
+
+@dataclass(frozen=True)
+class PreparationSummary:
+    """What a preparation made."""
+
+    kind: str
+    out: Path
+    samples: int
+    seconds: float  # of speech
+    pixels: int  # of images
+    bytes: int  # of all shards
+    shards: int
+    reused: int  # shards that an earlier run had finished
+    splits: dict[str, int]  # samples in each
+    refused: list[Refusal] = field(default_factory=list)
+    ignored: int = 0  # files in the source that are of another kind
+    elapsed_seconds: float = 0.0
+
+    @property
+    def hours(self) -> float:
+        """Hours of speech."""
+        return self.seconds / 3600
+
+    def __str__(self) -> str:
+        content = f"{self.samples} clips, {self.hours:.2f} h" if self.kind == "speech" else f"{self.samples} images"
+        splits = ", ".join(f"{name} {samples}" for name, samples in self.splits.items())
+        lines = [
+            f"{self.out}: {content} in {self.shards} shards ({self.bytes / 1e6:.1f} MB; {splits}) "
+            f"in {self.elapsed_seconds:.1f} s"
+        ]
+        if self.reused:
+            lines.append(f"{self.reused} shards were finished before")
+        if self.refused:
+            lines.append(f"{len(self.refused)} files refused, see {self.out / QUARANTINE_NAME}:")
+            lines += [f"  {refusal.path}: {refusal.reason}" for refusal in self.refused[:10]]
+        return "\n".join(lines)
+
+
+def prepare(
+    kind: Literal["speech", "image"],
+    source: str | Path,
+    out: str | Path,
+    *,
+    shard_bytes: int = DEFAULT_SHARD_BYTES,
+    splits: str | Mapping[str, float] = DEFAULT_SPLITS,
+    split_by: Literal["file", "label"] = "file",
+    on_bad: Literal["quarantine", "fail"] = "quarantine",
+    workers: int | None = None,
+    ray_address: str | None = None,
+    seed: int = 0,
+    image_size: int | None = None,
+    progress: Callable[[PreparationProgress], None] | None = None,
+) -> PreparationSummary:
+    """Make the data set ``out`` from ``source``: a folder, a .tar, or a text file with a path a line.
+
+    ``shard_bytes`` is the size to aim at; ``splits`` the shares, dealt by the hash of each key, with
+    ``split_by="label"`` by speaker or class; ``workers`` how many shards are written at once (by default one a CPU of
+    the Ray cluster); ``image_size`` the shorter side that larger images are scaled to. ``progress`` replaces the bar
+    on the console.
+
+    Raises :class:`data_prep.source.SourceError` for a source that can't be read, ``ValueError`` for settings that
+    mean nothing, :class:`PreparationError` if ``out`` holds something else, nothing usable was found, or
+    ``on_bad="fail"`` met a bad file.
+    """
+    began = time.monotonic()
+    source, out = Path(source), Path(out)
+    settings = _settings(kind, shard_bytes, splits, split_by, on_bad, seed, image_size)
+    found = scan(kind, source, leave_out=out)
+    tasks = plan_shards(found.files, settings)
+    plan = plan_hash(tasks, settings)
+    _claim(out, plan, source)
+    classes = sorted({file.label for file in found.files if file.label})
+    records: dict[str, ShardRecord] = {}
+    for task in tasks:
+        record = finished_record(out, task, plan)
+        if record is not None:
+            _check_refusals(record, on_bad)
+            records[task.stem] = record
+    missing = [task for task in tasks if task.stem not in records]
+    reused = len(records)
+    with ExitStack() as stack:
+        report = progress or stack.enter_context(console_progress(kind))
+        if missing:
+            places = {label: place for place, label in enumerate(classes)}
+            for task, record in _write_with_ray(out, missing, settings, places, plan, workers, ray_address):
+                records[task.stem] = record
+                _check_refusals(record, on_bad)
+                report(_progress(kind, tasks, records, reused, time.monotonic() - began))
+        else:
+            report(_progress(kind, tasks, records, reused, time.monotonic() - began))
+    manifest, refused = _finish(out, tasks, records, settings, classes)
+    return PreparationSummary(
+        kind=kind,
+        out=out,
+        samples=manifest.samples,
+        seconds=manifest.seconds,
+        pixels=manifest.pixels,
+        bytes=manifest.bytes,
+        shards=len(manifest.shards()),
+        reused=reused,
+        splits={name: split.samples for name, split in manifest.splits.items()},
+        refused=refused,
+        ignored=found.ignored,
+        elapsed_seconds=time.monotonic() - began,
+    )
+
+
+def _settings(
+    kind: str,
+    shard_bytes: int,
+    splits: str | Mapping[str, float],
+    split_by: str,
+    on_bad: str,
+    seed: int,
+    image_size: int | None,
+) -> Settings:
+    """The settings, refused where they mean nothing."""
+    choices = {
+        "kind": (kind, ("speech", "image")),
+        "split_by": (split_by, ("file", "label")),
+        "on_bad": (on_bad, ("quarantine", "fail")),
+    }
+    for name, (value, allowed) in choices.items():
+        if value not in allowed:
+            raise ValueError(f"{name}={value!r}: use {' or '.join(allowed)}")
+    if shard_bytes < 1:
+        raise ValueError(f"shard_bytes={shard_bytes}: use a size in bytes, for example {DEFAULT_SHARD_BYTES}")
+    if image_size is not None and (kind != "image" or image_size < 8):
+        raise ValueError(f"image_size={image_size} with kind={kind}: it is for images, 8 pixels or more")
+    shares = parse_splits(splits) if isinstance(splits, str) else dict(splits)
+    check_splits(shares)
+    return Settings(kind, shard_bytes, tuple(shares.items()), split_by, seed, image_size)
+
+
+def _claim(out: Path, plan: str, source: Path) -> None:
+    """Make ``out`` this preparation's folder; refuse one that holds another's, or files that are not ours."""
+    claim = out / RECORD_FOLDER / PLAN_NAME
+    if out.exists() and not out.is_dir():
+        raise PreparationError(f"{out} is a file: give a folder for the data set")
+    if not claim.is_file():
+        if out.is_dir() and any(path.name != RECORD_FOLDER for path in out.iterdir()):
+            raise PreparationError(f"{out} holds files that no preparation made: give an empty or a new folder")
+        claim.parent.mkdir(parents=True, exist_ok=True)
+        write_whole(claim, json.dumps({"plan": plan}).encode())
+    elif json.loads(claim.read_text()).get("plan") != plan:
+        raise PreparationError(
+            f"{out} holds a data set of other files or settings than these of {source} "
+            "(a changed file counts as another): give another folder, or remove this one"
+        )
+    for leftover in (*out.glob("*.tmp-*"), *out.glob("*/*.tmp-*"), *out.glob(f"{RECORD_FOLDER}/*/*.tmp-*")):
+        leftover.unlink(missing_ok=True)
+
+
+def _write_with_ray(
+    out: Path,
+    tasks: list[ShardTask],
+    settings: Settings,
+    classes: dict[str, int],
+    plan: str,
+    workers: int | None,
+    ray_address: str | None,
+) -> Iterator[tuple[ShardTask, ShardRecord]]:
+    """Write shards as Ray tasks, a bounded number at a time, and yield each as it is done."""
+    import ray
+
+    from pipeline.ray_session import ray_session
+
+    with ray_session(ray_address) as resources:
+        # Only paths and records travel through Ray, never a file's bytes.
+        remote = ray.remote(write_shard).options(max_retries=3, retry_exceptions=[OSError])
+        at_once = workers or IN_FLIGHT_PER_CPU * max(1, int(resources.get("CPU", 1)))
+        waiting = iter(tasks)
+        running: dict[Any, ShardTask] = {}
+        try:
+            while True:
+                for task in waiting:
+                    running[remote.remote(out.resolve(), task, settings, classes, plan)] = task
+                    if len(running) >= at_once:
+                        break
+                if not running:
+                    return
+                done, _ = ray.wait(list(running), num_returns=1)
+                for reference in done:
+                    yield running.pop(reference), ray.get(reference)
+        finally:
+            for reference in running:
+                ray.cancel(reference)
+
+
+def _check_refusals(record: ShardRecord, on_bad: str) -> None:
+    if on_bad == "fail" and record.refused:
+        first = record.refused[0]
+        raise PreparationError(
+            f"{first.path}: {first.reason}: repair or remove it, or set such files aside with --on-bad quarantine"
+        )
+
+
+def _progress(
+    kind: str, tasks: list[ShardTask], records: dict[str, ShardRecord], reused: int, elapsed: float
+) -> PreparationProgress:
+    done = [task for task in tasks if task.stem in records]
+    return PreparationProgress(
+        kind=kind,
+        files_done=sum(len(task.files) for task in done),
+        files=sum(len(task.files) for task in tasks),
+        bytes_done=sum(task.bytes for task in done),
+        bytes=sum(task.bytes for task in tasks),
+        shards_done=len(done),
+        shards=len(tasks),
+        reused=reused,
+        refused=sum(len(record.refused) for record in records.values()),
+        elapsed_seconds=elapsed,
+    )
+
+
+def _finish(
+    out: Path, tasks: list[ShardTask], records: dict[str, ShardRecord], settings: Settings, classes: list[str]
+) -> tuple[Manifest, list[Refusal]]:
+    """Write quarantine and manifest; the manifest comes last, and with it the data set exists."""
+    refused = sorted((refusal for record in records.values() for refusal in record.refused), key=lambda each: each.path)
+    lines = [json.dumps(refusal.model_dump(), ensure_ascii=False) + "\n" for refusal in refused]
+    write_whole(out / QUARANTINE_NAME, "".join(lines).encode())
+    splits = {}
+    for name, _ in settings.splits:
+        entries = [records[task.stem].entry for task in tasks if task.split == name]
+        splits[name] = SplitEntry.of([entry for entry in entries if entry is not None])
+    manifest = Manifest(
+        kind=settings.kind,
+        sample_rate=SAMPLE_RATE if settings.kind == "speech" else None,
+        image_size=settings.image_size,
+        classes=classes,
+        seed=settings.seed,
+        refused=len(refused),
+        splits=splits,
+    )
+    if not manifest.samples:
+        raise PreparationError(
+            f"all {len(refused)} files were refused, the first because: {refused[0].reason} "
+            f"(see {out / QUARANTINE_NAME})"
+        )
+    write_manifest(out, manifest)
+    return manifest, refused

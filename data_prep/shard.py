@@ -1,0 +1,167 @@
+"""One shard: check its files, write tar and index, and leave a record that it is done.
+
+In: a :class:`ShardTask`. Out: a :class:`ShardRecord`. Writes ``<split>/shard-000000.tar`` and ``.idx`` whole or not
+at all (design rule 7), then the record below ``.prepare``. Equal tasks give equal bytes: USTAR headers with fixed
+owner and time 0.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import os
+import tarfile
+from pathlib import Path
+from typing import IO
+
+import numpy as np
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from data_prep.check import CheckedSample, Refused, check_file
+from data_prep.shard_plan import Settings, ShardTask
+from data_prep.source import SourceFile
+from pipeline.data.config import SAMPLE_RATE
+from pipeline.data.index import RECORD, ShardIndex
+from pipeline.data.manifest import ShardEntry, fsync_folder, write_whole
+
+RECORD_FOLDER = ".prepare"
+TAR_BLOCK = 512
+
+
+class Refusal(BaseModel):
+    """A source file that was left out, as it stands in quarantine.jsonl."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    path: str  # within the source
+    reason: str
+    bytes: int
+
+
+class ShardRecord(BaseModel):
+    """That a shard is complete, and what came of it."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    plan: str
+    entry: ShardEntry | None  # None if all its files were refused: then there is no tar
+    index_bytes: int
+    refused: list[Refusal]
+
+
+class _HashingFile(io.RawIOBase):
+    """Writes through to a file and hashes what passes."""
+
+    def __init__(self, file: IO[bytes]) -> None:
+        self.digest = hashlib.sha256()
+        self.position = 0
+        self._file = file
+
+    def writable(self) -> bool:
+        return True
+
+    def write(self, content: bytes) -> int:  # type: ignore[override]  # tarfile writes bytes
+        self.digest.update(content)
+        self.position += len(content)
+        return self._file.write(content)
+
+    def tell(self) -> int:
+        return self.position
+
+
+def record_path(out: Path, task: ShardTask) -> Path:
+    """Where a shard's record lies."""
+    return out / RECORD_FOLDER / f"{task.stem}.json"
+
+
+def finished_record(out: Path, task: ShardTask, plan: str) -> ShardRecord | None:
+    """The record of a shard that this preparation has completed, or None if it is to be written."""
+    path = record_path(out, task)
+    try:
+        record = ShardRecord.model_validate_json(path.read_bytes())
+    except (OSError, ValidationError):
+        return None
+    if record.plan != plan:
+        return None
+    if record.entry is not None:
+        for name, size in ((record.entry.file, record.entry.bytes), (record.entry.index_file, record.index_bytes)):
+            file = out / name
+            if not file.is_file() or file.stat().st_size != size:
+                return None
+    return record
+
+
+def write_shard(out: Path, task: ShardTask, settings: Settings, classes: dict[str, int], plan: str) -> ShardRecord:
+    """Check the files of ``task`` and write its shard; files that are refused shift nothing but what stands behind
+    them.
+    """
+    tar_path, index_path = out / f"{task.stem}.tar", out / f"{task.stem}.idx"
+    tar_path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = tar_path.with_name(f"{tar_path.name}.tmp-{os.getpid()}")
+    records: list[tuple[int, ...]] = []
+    keys: list[str] = []
+    refused: list[Refusal] = []
+    with temporary.open("wb") as file:
+        hashing = _HashingFile(file)
+        with tarfile.open(fileobj=hashing, mode="w", format=tarfile.USTAR_FORMAT) as archive:
+            for source in task.files:
+                try:
+                    sample = check_file(settings.kind, source.read(), settings.image_size)
+                except Refused as error:
+                    refused.append(Refusal(path=source.name, reason=str(error), bytes=source.size))
+                    continue
+                except FileNotFoundError:
+                    refused.append(Refusal(path=source.name, reason="the file does not exist", bytes=0))
+                    continue
+                metadata = describe(source, sample)
+                offset = _add(archive, hashing, f"{source.key}.{sample.suffix}", sample.content)
+                json_offset = _add(archive, hashing, f"{source.key}.json", metadata)
+                label = classes.get(source.label, -1)
+                sizes = (offset, len(sample.content), json_offset, len(metadata))
+                records.append((*sizes, sample.length, sample.width, sample.height, label))
+                keys.append(source.key)
+        file.flush()
+        os.fsync(file.fileno())
+    entry, index_bytes = None, 0
+    if keys:
+        index = ShardIndex(np.array(records, dtype=RECORD), keys).to_bytes()
+        length = sum(record[4] for record in records)
+        entry = ShardEntry(
+            file=f"{task.stem}.tar",
+            sha256=hashing.digest.hexdigest(),
+            bytes=hashing.position,
+            index_sha256=hashlib.sha256(index).hexdigest(),
+            samples=len(keys),
+            seconds=round(length / SAMPLE_RATE, 6) if settings.kind == "speech" else 0.0,
+            pixels=length if settings.kind == "image" else 0,
+        )
+        index_bytes = len(index)
+        write_whole(index_path, index)
+        temporary.replace(tar_path)
+        fsync_folder(tar_path.parent)
+    else:
+        temporary.unlink()
+    record = ShardRecord(plan=plan, entry=entry, index_bytes=index_bytes, refused=refused)
+    path = record_path(out, task)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_whole(path, record.model_dump_json().encode())
+    return record
+
+
+def describe(source: SourceFile, sample: CheckedSample) -> bytes:
+    """KEY.json: where the sample came from and what it is."""
+    values = {"source": source.name, "label": source.label, "text": source.text} | sample.metadata
+    kept = {name: value for name, value in values.items() if value != ""}
+    return json.dumps(kept, sort_keys=True, ensure_ascii=False).encode()
+
+
+def _add(archive: tarfile.TarFile, hashing: _HashingFile, name: str, content: bytes) -> int:
+    """Append a member and return where its bytes begin."""
+    header = tarfile.TarInfo(name)
+    header.size = len(content)
+    header.mtime = 0  # an int: a float would make tarfile add a PAX header
+    header.mode = 0o644
+    start = hashing.position + TAR_BLOCK
+    archive.addfile(header, io.BytesIO(content))
+    return start
