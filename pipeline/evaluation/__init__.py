@@ -1,0 +1,20 @@
+"""What a run is worth: metrics over a whole split, and a report to look at. Names are loaded when first used."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from pipeline.evaluation.metrics import evaluate, metrics_table
+    from pipeline.evaluation.report import write_report
+
+__all__ = ["evaluate", "metrics_table", "write_report"]
+
+_HOME = {"evaluate": "metrics", "metrics_table": "metrics", "write_report": "report"}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{_HOME[name]}"), name)

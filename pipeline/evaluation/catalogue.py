@@ -1,0 +1,69 @@
+"""What each metric is called, how it is printed, and what it means: one list for the table and the report.
+
+Pure data and formatting; no torch.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Measure:
+    """One metric: its key in metrics.json, its name for people, how its value is printed, a sentence on how to read
+    it.
+    """
+
+    key: str
+    name: str
+    show: Callable[[float], str]
+    meaning: str
+
+
+def percent(value: float) -> str:
+    return f"{value:.1%}"
+
+
+def number(digits: int, unit: str = "") -> Callable[[float], str]:
+    """A formatter with ``digits`` after the point."""
+    return lambda value: f"{value:,.{digits}f}{unit}"
+
+
+MEASURES = (
+    Measure("accuracy", "contrastive accuracy", percent, "targets told apart from all their distractors"),
+    Measure("contrastive_loss", "contrastive loss", number(3), "nats a target; below chance is learnt"),
+    Measure("chance_loss", "chance", number(3), "loss of guessing: log(distractors + 1)"),
+    Measure("valid_negatives", "valid negatives", percent, "distractors whose codes differ from the target's"),
+    Measure("psnr", "PSNR", number(2, " dB"), "of the whole set's squared error; higher is better"),
+    Measure("ssim", "SSIM", number(4), "structural similarity, mean over images; 1 is equal"),
+    Measure("mse", "MSE", number(5), "mean squared error of pixels in [0, 1]"),
+    Measure("codebook_usage", "codes in use", percent, "share of codes that occur at least once in the set"),
+    Measure("codebook_perplexity", "perplexity", number(1), "codes it is worth, from counts over the whole set"),
+    Measure("dead_codes", "dead codes", number(0), "codes that never occur in the set"),
+    Measure("quantization_error", "quantization error", percent, "latents' variance that the codes lose"),
+    Measure("latent_dimension", "latent dimension", number(0), "axes that hold 99 % of the latents' variance"),
+    Measure("code_dimension", "code dimension", number(1), "axes that hold 99 % of the used codes' variance"),
+    Measure("token_concentration", "code spacing", number(3), "nearest code's distance ÷ latents' norm; 0: collapse"),
+    Measure("topographic_error", "topographic error", percent, "latents whose two best codes are no grid neighbours"),
+    Measure(
+        "grid_correlation", "grid correlation", number(3), "Spearman of distances on grid and in space; 1: ordered"
+    ),
+    Measure("tokens", "tokens", number(0), "tokens that were quantized"),
+    Measure("samples", "samples", number(0), "clips or images evaluated"),
+)
+
+
+def shown(measure: Measure, metrics: dict[str, Any]) -> str:
+    """The value as people read it; a dash where it can't be told."""
+    value = metrics.get(measure.key)
+    if value is None or not math.isfinite(value):
+        return "–"
+    return measure.show(value)
+
+
+def present(metrics: list[dict[str, Any]]) -> list[Measure]:
+    """The measures that at least one of the runs has, in the catalogue's order."""
+    return [measure for measure in MEASURES if any(measure.key in values for values in metrics)]
