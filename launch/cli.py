@@ -77,24 +77,26 @@ def _prepare(
     workers: int | None,
     ray_address: str | None,
     seed: int,
+    *,
+    split_by_label: bool = False,
     image_size: int | None = None,
 ) -> None:
-    from launch.prepare import prepare_and_show
+    from data_prep import prepare
 
-    raise typer.Exit(
-        prepare_and_show(
-            kind,
-            source,
-            out,
-            shard_bytes=shard_bytes,
-            splits=split,
-            on_bad=on_bad.value,
-            workers=workers,
-            ray_address=ray_address,
-            seed=seed,
-            image_size=image_size,
-        )
+    summary = prepare(
+        kind,  # type: ignore[arg-type]
+        source,
+        out,
+        shard_bytes=shard_bytes,
+        splits=split,
+        split_by="label" if split_by_label else "file",
+        on_bad=on_bad.value,  # type: ignore[arg-type]
+        workers=workers,
+        ray_address=ray_address,
+        seed=seed,
+        image_size=image_size,
     )
+    typer.echo(str(summary))
 
 
 ShardBytes = Annotated[int, typer.Option(min=1, help="Wanted size of a shard in bytes.")]
@@ -105,7 +107,7 @@ RayAddress = Annotated[
     str | None, typer.Option(help="Address of a running Ray cluster, such as auto; by default this machine.")
 ]
 Seed = Annotated[int, typer.Option(min=0, help="Of the assignment of samples to shards.")]
-Source = Annotated[Path, typer.Argument(help="Folder of files, searched in depth.")]
+Source = Annotated[Path, typer.Argument(help="A folder, searched in depth, a .tar, or a text file with a path a line.")]
 Out = Annotated[
     Path, typer.Argument(help="Folder of the data set; the same command again finishes an interrupted one.")
 ]
@@ -121,9 +123,12 @@ def prepare_speech(
     workers: Workers = None,
     ray_address: RayAddress = None,
     seed: Seed = 0,
+    split_by_speaker: Annotated[bool, typer.Option(help="Keep a speaker (folder) within one split.")] = False,
 ) -> None:
     """FLAC, WAV, OGG, MP3 → WebDataset shards at 16 kHz."""
-    _prepare("speech", source, out, shard_bytes, split, on_bad, workers, ray_address, seed)
+    _prepare(
+        "speech", source, out, shard_bytes, split, on_bad, workers, ray_address, seed, split_by_label=split_by_speaker
+    )
 
 
 @prepare_app.command("images")
@@ -139,15 +144,20 @@ def prepare_images(
     image_size: Annotated[int | None, typer.Option(min=8, help="Shrink larger images to this shorter side.")] = None,
 ) -> None:
     """JPEG, PNG, WebP → WebDataset shards; folders are classes."""
-    _prepare("image", source, out, shard_bytes, split, on_bad, workers, ray_address, seed, image_size)
+    _prepare("image", source, out, shard_bytes, split, on_bad, workers, ray_address, seed, image_size=image_size)
 
 
 @app.command()
 def verify(dataset: Annotated[Path, typer.Argument(help="Data set folder.")]) -> None:
     """Check every shard of a data set against its manifest; exit 1 and a list when something is off."""
-    from launch.prepare import verify_and_show
+    from data_prep import verify as find_problems
 
-    raise typer.Exit(verify_and_show(dataset))
+    problems = find_problems(dataset)
+    for problem in problems:
+        typer.echo(str(problem), err=True)
+    if problems:
+        raise typer.Exit(1)
+    typer.echo(f"{dataset}: every shard is as its manifest says")
 
 
 @app.command()
@@ -220,9 +230,10 @@ def evaluate(
     split: Annotated[str | None, typer.Option(help="By default validation if there is one, else train.")] = None,
 ) -> None:
     """Metrics over a whole split, as a table and RUN/metrics.json."""
+    from rich.console import Console
+
     from pipeline.evaluation import evaluate as evaluate_run
     from pipeline.evaluation import metrics_table
-    from rich.console import Console
 
     Console().print(metrics_table(evaluate_run(run, data=data, split=split)))
 
@@ -237,7 +248,7 @@ def tokenize(
     """A data set's codes as WebDataset shards, through Ray."""
     from pipeline.export import tokenize as tokenize_dataset
 
-    from launch.ray_session import ray_session
+    from pipeline.ray_session import ray_session
 
     with ray_session(ray_address):
         summary = tokenize_dataset(run, dataset, out)

@@ -16,12 +16,13 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from rich.console import Console
 from rich.table import Table
 
 RANKS = 2
+SHARD_BYTES = 2**20
 SAMPLES = Path(__file__).parent.parent / "tests" / "data"
 SPEECH_RECIPE = "speech/wav2vec2_tiny_knn"
 IMAGE_RECIPE = "image/autoencoder_tiny_ksom"
@@ -109,20 +110,11 @@ def run_demo(out: Path, samples: Path | None) -> int:
 
 
 def prepare_speech(demo: Demo) -> str:
-    from launch.prepare import prepare_quietly
-
-    summary = prepare_quietly("speech", demo.samples / "speech", demo.speech_data, demo.console)
-    return (
-        f"{summary.samples} clips, {summary.seconds / 60:.1f} minutes, {summary.shards} shards, "
-        f"{len(summary.refused)} refused files"
-    )
+    return _prepare(demo, "speech", demo.samples / "speech", demo.speech_data)
 
 
 def prepare_images(demo: Demo) -> str:
-    from launch.prepare import prepare_quietly
-
-    summary = prepare_quietly("image", demo.samples / "images", demo.image_data, demo.console)
-    return f"{summary.samples} images, {summary.shards} shards, {len(summary.refused)} refused files"
+    return _prepare(demo, "image", demo.samples / "images", demo.image_data)
 
 
 def train_speech(demo: Demo) -> str:
@@ -239,6 +231,20 @@ def compare_attempts(log: list[dict[str, Any]]) -> tuple[int, float]:
         losses.setdefault(line["step"], []).append(line["loss"])
     repeated = [values for values in losses.values() if len(values) > 1]
     return len(repeated), max((max(values) - min(values) for values in repeated), default=0.0)
+
+
+def _prepare(demo: Demo, kind: Literal["speech", "image"], source: Path, out: Path) -> str:
+    """Small shards, so that there are several; checked: the data set is whole, the broken files are set aside."""
+    from data_prep import prepare, verify
+
+    summary = prepare(kind, source, out, shard_bytes=SHARD_BYTES, splits="train=0.85,validation=0.15")
+    for refusal in summary.refused:
+        demo.console.print(f"  set aside: {refusal.path}: {refusal.reason}", highlight=False)
+    problems = verify(out)
+    _expect(not problems, f"{out} is damaged: {problems}")
+    _expect(bool(summary.refused), "the broken files of the sample were not noticed")
+    amount = f"{summary.samples} clips, {summary.hours:.2f} h" if kind == "speech" else f"{summary.samples} images"
+    return f"{amount} in {summary.shards} shards, {len(summary.refused)} broken files set aside"
 
 
 def _train(demo: Demo, recipe_name: str, data: Path, run: Path, failures: int) -> Any:

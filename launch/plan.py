@@ -108,15 +108,15 @@ def _add_data(table: Table, recipe: Recipe, ranks: int) -> None:
     epochs = recipe.training.steps / plan.steps_per_epoch
     table.add_row("data", f"{recipe.data.path}, split {recipe.data.split}")
     if dataset.kind == "speech":
-        table.add_row(
-            "  clips", f"{len(dataset):,}, {dataset.seconds / 3600:.2f} h; {plan.skipped} too short for the plan"
-        )
-        table.add_row("  padding", f"{plan.padding_share():.1%} of the padded seconds")
+        seconds = dataset.manifest.splits[dataset.split].seconds
+        short = f"; {plan.skipped} too short for the plan" if plan.skipped else ""
+        table.add_row("  clips", f"{len(dataset):,}, {seconds / 3600:.2f} h{short}")
+        table.add_row("  padding", f"{plan.padding_share:.1%} of the padded seconds")
     else:
         table.add_row("  images", f"{len(dataset):,}")
     a_rank = recipe.batch.micro_batches // ranks
     table.add_row("a step", f"{recipe.batch.micro_batches} micro-batches, {a_rank} a rank")
-    table.add_row("an epoch", f"{plan.micro_batches_per_epoch:,} micro-batches, {plan.steps_per_epoch:.1f} steps")
+    table.add_row("an epoch", f"{plan.micro_batches_per_epoch:,.1f} micro-batches, {plan.steps_per_epoch:.1f} steps")
     table.add_row("the run", f"{recipe.training.steps:,} steps, {epochs:.2f} epochs")
 
 

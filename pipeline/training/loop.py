@@ -231,7 +231,7 @@ def _progress(engine: DeepSpeedEngine, plan: SamplingPlan, done: int) -> dict[st
     return {
         "grad_norm": float("nan") if norm is None else float(norm),
         "learning_rate": float(engine.optimizer.param_groups[0]["lr"]),
-        "epoch": done / plan.steps_per_epoch,
+        "epoch": plan.epoch(done),
     }
 
 

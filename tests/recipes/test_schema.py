@@ -1,0 +1,124 @@
+"""Recipes: what is read, what is refused, and how it is said."""
+
+import pytest
+import yaml
+
+from recipes.schema import RECIPE_FOLDER, RecipeError, changed_keys, load_recipe, parse_override, parse_recipe
+
+BUNDLED = sorted(str(file.relative_to(RECIPE_FOLDER)) for file in RECIPE_FOLDER.glob("*/*.yaml"))
+SPEECH = "speech/wav2vec2_tiny_knn"
+IMAGE = "image/autoencoder_tiny_ksom"
+
+
+@pytest.mark.parametrize("name", BUNDLED)
+def test_every_bundled_recipe_is_valid_and_survives_writing(name):
+    recipe = load_recipe(name)
+    assert parse_recipe(yaml.safe_load(recipe.to_yaml())) == recipe
+
+
+def test_bundled_recipes_are_found_by_name_path_and_stem():
+    expected = load_recipe(RECIPE_FOLDER / "speech" / "wav2vec2_tiny_knn.yaml")
+    for name in (SPEECH, "wav2vec2_tiny_knn", "recipes/speech/wav2vec2_tiny_knn.yaml"):
+        assert load_recipe(name) == expected
+
+
+def test_overrides_are_dotted_and_typed():
+    recipe = load_recipe(IMAGE, ["quantizer.codes=32", "quantizer.grid=[8,4]", "batch.micro_batches=12", "name=other"])
+    assert (recipe.quantizer.codes, recipe.quantizer.grid) == (32, (8, 4))
+    assert (recipe.batch.micro_batches, recipe.name) == (12, "other")
+
+
+def test_another_quantizer_kind_drops_the_old_kinds_options():
+    recipe = load_recipe(IMAGE, ["quantizer.kind=ema"])
+    assert recipe.quantizer.kind == "ema"
+    assert recipe.quantizer.codes == load_recipe(IMAGE).quantizer.codes
+    assert not hasattr(recipe.quantizer, "grid")
+
+
+@pytest.mark.parametrize(
+    ("recipe", "overrides", "message"),
+    [
+        (IMAGE, ["quantizer.kidn=ema"], "quantizer.kidn='ema': unknown key; did you mean kind? known keys here: kind,"),
+        (IMAGE, ["qantizer.kind=ema"], "qantizer={'kind': 'ema'}: unknown key; did you mean quantizer?"),
+        (IMAGE, ["quantizer.kind=vq"], "quantizer.kind='vq': unknown kind; use identity, "),
+        (IMAGE, ["quantizer.grid=[3,5]"], "grid"),
+        (IMAGE, ["training.steps=0"], "training.steps=0: input should be greater than or equal to 1"),
+        (IMAGE, ["engine.precision=fp8"], "engine.precision='fp8': input should be 'fp32' or 'bf16'"),
+        (IMAGE, ["batch.samples=null"], "batch.samples is missing: model.kind=autoencoder"),
+        (IMAGE, ["batch.samples=null", "batch.seconds=10"], "batch.samples is missing"),
+        (SPEECH, ["batch.samples=4", "batch.seconds=null"], "batch.seconds is missing: model.kind=wav2vec2"),
+        (IMAGE, ["schedule.warmup_steps=100000"], "outlast training.steps="),
+        (IMAGE, ["schedule.hold_steps=5"], "hold_steps=5 means nothing for kind="),
+        (IMAGE, ["quantizer.kind=identity", "codebooks.initialise=kmeans"], "quantizer.kind=identity has none"),
+        (IMAGE, ["nonsense"], "override 'nonsense' is not key=value"),
+        (IMAGE, ["training.steps.x=1"], "steps holds "),
+        ("speech/no_such", [], "use a YAML file or one of "),
+    ],
+)
+def test_wrong_recipes_are_refused_with_key_value_and_what_would_do(recipe, overrides, message):
+    with pytest.raises(RecipeError) as refused:
+        load_recipe(recipe, overrides)
+    assert message in str(refused.value)
+
+
+def test_everything_wrong_is_told_at_once():
+    with pytest.raises(RecipeError) as refused:
+        load_recipe(IMAGE, ["training.steps=0", "optimizer.learning_rate=-1", "sed=3"])
+    text = str(refused.value)
+    assert "training.steps=0" in text
+    assert "optimizer.learning_rate=-1" in text
+    assert "sed=3: unknown key; did you mean seed?" in text
+
+
+def test_missing_section_is_named():
+    values = yaml.safe_load(load_recipe(IMAGE).to_yaml())
+    del values["training"]
+    with pytest.raises(RecipeError, match="training is missing"):
+        parse_recipe(values)
+
+
+def test_bad_yaml_and_non_mappings_are_refused(tmp_path):
+    file = tmp_path / "recipe.yaml"
+    file.write_text("a: [1")
+    with pytest.raises(RecipeError, match="is not YAML"):
+        load_recipe(file)
+    file.write_text("- a\n")
+    with pytest.raises(RecipeError, match="holds a list"):
+        load_recipe(file)
+
+
+def test_ranks_must_divide_the_micro_batches():
+    recipe = load_recipe(IMAGE, ["batch.micro_batches=6"])
+    for ranks in (1, 2, 3, 6):
+        recipe.check_ranks(ranks)
+    with pytest.raises(RecipeError) as refused:
+        recipe.check_ranks(4)
+    assert str(refused.value) == (
+        "batch.micro_batches=6 can't be shared by 4 ranks: use batch.micro_batches=4, 8 or 12, or 1, 2, 3 or 6 ranks"
+    )
+
+
+def test_data_sets_are_checked_before_anything_starts(tmp_path, speech_dataset, image_dataset):
+    with pytest.raises(RecipeError, match="data[.]path is missing"):
+        load_recipe(IMAGE).check_data()
+    with pytest.raises(RecipeError, match="tessera prepare"):
+        load_recipe(IMAGE, {"data.path": str(tmp_path)}).check_data()
+    with pytest.raises(RecipeError, match="holds speech data, model[.]kind=autoencoder reads image data"):
+        load_recipe(IMAGE, {"data.path": str(speech_dataset)}).check_data()
+    with pytest.raises(RecipeError, match="data[.]split=test is not in"):
+        load_recipe(IMAGE, {"data.path": str(image_dataset), "data.split": "test"}).check_data()
+    load_recipe(IMAGE, {"data.path": str(image_dataset)}).check_data()
+
+
+def test_changed_keys_are_dotted():
+    before, after = load_recipe(IMAGE), load_recipe(IMAGE, ["quantizer.decay=0.5", "training.steps=7"])
+    assert changed_keys(before, after) == {
+        "quantizer.decay": (before.quantizer.decay, 0.5),
+        "training.steps": (before.training.steps, 7),
+    }
+
+
+def test_override_values_are_yaml():
+    assert parse_override("a.b=[1, 2]") == ("a.b", [1, 2])
+    assert parse_override("a=null") == ("a", None)
+    assert parse_override("a=x=y") == ("a", "x=y")

@@ -1,0 +1,170 @@
+"""The promise, on real processes: weights and codebooks depend neither on the number of ranks nor on a kill.
+
+Four short runs of the image recipe under real DeepSpeed and gloo, shared by the tests: undisturbed on 2 ranks, killed
+and resumed on 2 ranks, on 1 rank, and on 3 ranks.
+"""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+
+from launch.local import local_command
+from pipeline.training.checkpoint import find_damage, find_latest, list_checkpoints, read_weights
+from pipeline.training.run_folder import Run
+
+STEPS = 12
+OVERRIDES = [
+    "batch.micro_batches=6",
+    "batch.samples=4",
+    "data.image_size=32",
+    "quantizer.codes=16",
+    "quantizer.grid=[4,4]",
+    "model.channels=16",
+    "model.residual_channels=8",
+    f"training.steps={STEPS}",
+    "training.log_every=1",
+    "training.checkpoint_every=4",
+    "codebooks.check_every=2",
+    "schedule.warmup_steps=2",
+]
+ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+
+
+def _start(dataset, run, ranks, *more):
+    command = local_command("image/autoencoder_tiny_ksom", [f"data.path={dataset}", *OVERRIDES, *more], run, ranks)
+    return subprocess.Popen(command, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
+def _finish(process):
+    try:
+        output, _ = process.communicate(timeout=240)
+    finally:
+        process.kill()
+    return process.returncode, output
+
+
+def _train(dataset, run, ranks, *more):
+    code, output = _finish(_start(dataset, run, ranks, *more))
+    assert code == 0, output[-4000:]
+    return Run(run)
+
+
+def _kill_a_rank(run, process, after_step):
+    """SIGKILL to the last rank once the run has a checkpoint and has logged past ``after_step``."""
+    deadline = time.monotonic() + 240
+    while time.monotonic() < deadline and process.poll() is None:
+        log = run.log()
+        if log and log[-1]["step"] >= after_step and run.list_checkpoints():
+            os.kill(run.environment()["ranks"][-1]["pid"], signal.SIGKILL)
+            return log[-1]["step"]
+        time.sleep(0.01)
+    raise AssertionError("the run ended before it could be killed")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("promise")
+
+
+@pytest.fixture(scope="module")
+def undisturbed(image_dataset, folder):
+    return _train(image_dataset, folder / "undisturbed", 2)
+
+
+@pytest.fixture(scope="module")
+def killed_and_resumed(image_dataset, folder):
+    run = Run(folder / "killed")
+    process = _start(image_dataset, run.path, 2)
+    killed_at = _kill_a_rank(run, process, after_step=5)
+    code, output = _finish(process)
+    assert code != 0, "torchrun must report the killed rank"
+    assert killed_at < STEPS, output
+    return _train(image_dataset, run.path, 2)
+
+
+def _weights(run):
+    return read_weights(run.latest_checkpoint())
+
+
+def test_a_killed_and_resumed_run_is_bit_identical(undisturbed, killed_and_resumed):
+    expected, actual = _weights(undisturbed), _weights(killed_and_resumed)
+    assert expected.keys() == actual.keys()
+    for name, tensor in expected.items():
+        assert torch.equal(tensor, actual[name]), name
+
+
+def test_the_resumed_run_repeats_the_killed_runs_losses(undisturbed, killed_and_resumed):
+    expected = {line["step"]: line["loss"] for line in undisturbed.log()}
+    assert sorted(expected) == list(range(1, STEPS + 1))
+    log = killed_and_resumed.log()
+    assert {line["attempt"] for line in log} == {1, 2}
+    for line in log:
+        assert line["loss"] == expected[line["step"]], line["step"]
+
+
+@pytest.mark.parametrize("ranks", [1, 3])
+def test_another_number_of_ranks_trains_the_same_weights(image_dataset, folder, undisturbed, ranks):
+    """Only the order of fp32 sums differs. One step's rounding (1e-7) grows through Adam's normalisation over the run's
+    12 steps; a wrong normalisation or sample order would be off by more than the learning rate (1e-3) within a step."""
+    other = _train(image_dataset, folder / f"ranks-{ranks}", ranks, "engine.zero_stage=1")
+    expected, actual = _weights(undisturbed), _weights(other)
+    for name, tensor in expected.items():
+        if tensor.is_floating_point():
+            torch.testing.assert_close(
+                actual[name], tensor, atol=2e-4, rtol=2e-3, msg=lambda text, name=name: f"{name}: {text}"
+            )
+    losses = [line["loss"] for line in undisturbed.log()], [line["loss"] for line in other.log()]
+    assert losses[1] == pytest.approx(losses[0], rel=1e-4)
+
+
+def test_training_learns(undisturbed):
+    log = undisturbed.log()
+    assert log[-1]["loss"] < log[0]["loss"]
+
+
+def test_a_damaged_checkpoint_is_named_and_passed_over(undisturbed, tmp_path):
+    import shutil
+
+    folder = tmp_path / "checkpoints"
+    shutil.copytree(undisturbed.checkpoints, folder)
+    newest, previous = list_checkpoints(folder)[::-1][:2]
+    file = max((path for path in newest.iterdir() if path.suffix == ".pt"), key=lambda path: path.stat().st_size)
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
+    found, passed_over = find_latest(folder)
+    assert found == previous
+    assert len(passed_over) == 1
+    assert f"{file} has another sha256" in passed_over[0]
+    file.write_bytes(content[:-10])
+    assert f"{len(content) - 10} bytes, {len(content)} were written" in find_damage(newest)
+    file.unlink()
+    assert find_damage(newest) == f"{file} is missing"
+    (newest / "manifest.json").unlink()
+    assert find_latest(folder) == (previous, [])
+
+
+def test_a_resume_with_another_recipe_names_what_changed(image_dataset, undisturbed):
+    process = _start(image_dataset, undisturbed.path, 1, "quantizer.decay=0.5")
+    code, output = _finish(process)
+    assert code != 0
+    assert "quantizer.decay: 0.99 there, 0.5 here" in output
+
+
+def test_a_resume_on_another_number_of_ranks_says_what_would_do(image_dataset, undisturbed):
+    code, output = _finish(_start(image_dataset, undisturbed.path, 1, f"training.steps={STEPS + 1}"))
+    assert code != 0
+    assert "was written by 2 ranks and 1 are here: resume with --ranks 2" in output
+
+
+def test_environment_tells_versions_and_processes(undisturbed):
+    environment = json.loads(undisturbed.environment_file.read_text())
+    assert environment["packages"]["torch"].startswith("2.9.1")
+    assert [rank["rank"] for rank in environment["ranks"]] == [0, 1]
+    assert environment["python"] == ".".join(map(str, sys.version_info[:3]))
