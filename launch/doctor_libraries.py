@@ -87,34 +87,37 @@ def probe_ray() -> list[Finding]:
     """The Ray cluster that `tessera` would use: RAY_ADDRESS, one running on this machine, or none yet."""
     import ray
 
+    from pipeline.ray_session import ray_session
+
     address = os.environ.get("RAY_ADDRESS") or _running_cluster()
     if not address:
         return [Finding("Ray", "ok", f"{ray.__version__}, no cluster runs: commands start one on this machine")]
-    advice = "start it (`ray start --head` there), or unset RAY_ADDRESS to use this machine alone"
+    advice = (
+        "start it (`ray start --head` there), give this machine the cluster's token if it asks for one, "
+        "or unset RAY_ADDRESS to use this machine alone"
+    )
     try:
-        if address not in ("auto", "local"):
+        if address != "auto":
             _check_port(address)
-        ray.init(address=address, logging_level="ERROR", log_to_driver=False)
-        nodes = [node for node in ray.nodes() if node["Alive"]]
-        resources = ray.cluster_resources()
-        ray.shutdown()
+        with ray_session(address) as resources:
+            nodes = [node for node in ray.nodes() if node["Alive"]]
     except Exception as error:
         return [Finding("Ray", "problem", f"the cluster at {address} can't be used: {_first_line(error)}", advice)]
-    held = f"{len(nodes)} nodes, {resources.get('CPU', 0):g} CPUs, {resources.get('GPU', 0):g} GPUs"
-    return [Finding("Ray", "ok", f"{ray.__version__}, cluster at {address}: {held}")]
+    place = "a cluster runs here (join it with --ray-address auto)" if address == "auto" else f"cluster at {address}"
+    held = f"nodes {len(nodes)}, CPUs {resources.get('CPU', 0):g}, GPUs {resources.get('GPU', 0):g}"
+    return [Finding("Ray", "ok", f"{ray.__version__}, {place}: {held}")]
 
 
 def _running_cluster() -> str | None:
-    """The address that a Ray cluster on this machine left for its clients, if it still answers."""
+    """ "auto", Ray's word for the cluster on this machine, if one left its address and still answers."""
     note = Path(os.environ.get("RAY_TMPDIR", "/tmp")) / "ray" / "ray_current_cluster"
     if not note.is_file():
         return None
-    address = note.read_text().strip()
     try:
-        _check_port(address)
-    except OSError:
+        _check_port(note.read_text().strip())
+    except (OSError, ValueError):
         return None
-    return address
+    return "auto"
 
 
 def _check_port(address: str) -> None:
