@@ -1,0 +1,115 @@
+"""Verification finds each kind of damage, and nothing in a sound data set."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from data_prep import verify
+from pipeline.data import Manifest
+from pipeline.data.index import ShardIndex, read_index
+from pipeline.data.manifest import SplitEntry, write_manifest
+
+
+def test_a_sound_data_set_has_no_problems(speech_dataset: Path, image_dataset: Path) -> None:
+    seen: list[tuple[int, int]] = []
+    assert verify(speech_dataset, progress=lambda done, all_shards: seen.append((done, all_shards))) == []
+    assert seen == [(number, len(seen)) for number in range(1, len(seen) + 1)]
+    assert verify(image_dataset) == []
+
+
+def flip_a_bit(folder: Path) -> None:
+    path = folder / "train" / "shard-000001.tar"
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+def cut_short(folder: Path) -> None:
+    path = folder / "train" / "shard-000001.tar"
+    path.write_bytes(path.read_bytes()[:-5000])
+
+
+def remove_shard(folder: Path) -> None:
+    (folder / "train" / "shard-000001.tar").unlink()
+
+
+def remove_index(folder: Path) -> None:
+    (folder / "train" / "shard-000001.idx").unlink()
+
+
+def swap_indexes(folder: Path) -> None:
+    one, two = folder / "train" / "shard-000001.idx", folder / "train" / "shard-000002.idx"
+    content = one.read_bytes()
+    one.write_bytes(two.read_bytes())
+    two.write_bytes(content)
+
+
+def other_version(folder: Path) -> None:
+    values = json.loads((folder / "manifest.json").read_text())
+    (folder / "manifest.json").write_text(json.dumps(values | {"version": 2}))
+
+
+def stray_shard(folder: Path) -> None:
+    shutil.copy(folder / "train" / "shard-000001.tar", folder / "train" / "shard-000099.tar")
+
+
+def wrong_totals(folder: Path) -> None:
+    values = json.loads((folder / "manifest.json").read_text())
+    values["splits"]["train"]["samples"] += 1
+    (folder / "manifest.json").write_text(json.dumps(values))
+
+
+def remove_manifest(folder: Path) -> None:
+    (folder / "manifest.json").unlink()
+
+
+@pytest.mark.parametrize(
+    ("damage", "file", "what"),
+    [
+        (flip_a_bit, "train/shard-000001.tar", "SHA-256"),
+        (cut_short, "train/shard-000001.tar", "cut short"),
+        (remove_shard, "train/shard-000001.tar", "is missing"),
+        (remove_index, "train/shard-000001.idx", "is missing"),
+        (swap_indexes, "train/shard-000002.idx", "SHA-256"),
+        (other_version, "manifest.json", "format version 2"),
+        (stray_shard, "train/shard-000099.tar", "not in the manifest"),
+        (wrong_totals, "manifest.json", "totals of split train"),
+        (remove_manifest, "manifest.json", "holds no manifest.json"),
+    ],
+)
+def test_damage_is_found_and_named(
+    image_dataset: Path, tmp_path: Path, damage: Callable[[Path], None], file: str, what: str
+) -> None:
+    copy = tmp_path / "copy"
+    shutil.copytree(image_dataset, copy)
+    damage(copy)
+    problems = verify(copy)
+    assert any(problem.file == file and what in problem.what for problem in problems), problems
+    untouched = "train/shard-000000"
+    assert not any(problem.file.startswith(untouched) for problem in problems)
+
+
+def test_an_index_that_lies_is_found_though_its_hash_is_right(image_dataset: Path, tmp_path: Path) -> None:
+    """Not damage but a wrong writer: manifest and index agree, the tar's own headers do not."""
+    import hashlib
+
+    copy = tmp_path / "copy"
+    shutil.copytree(image_dataset, copy)
+    manifest = Manifest.model_validate_json((copy / "manifest.json").read_bytes())
+    shards = list(manifest.splits["train"].shards)
+    index = read_index(copy / shards[0].index_file)
+    records = index.records.copy()
+    records["offset"][3] += 512
+    content = ShardIndex(records, index.keys).to_bytes()
+    (copy / shards[0].index_file).write_bytes(content)
+    shards[0] = shards[0].model_copy(update={"index_sha256": hashlib.sha256(content).hexdigest()})
+    splits = manifest.splits | {"train": SplitEntry.of(shards)}
+    write_manifest(copy, manifest.model_copy(update={"splits": splits}))
+    (problem,) = verify(copy)
+    assert problem.file == shards[0].index_file
+    assert f"sample {index.keys[3]} is not where the index says" in problem.what
