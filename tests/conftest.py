@@ -13,7 +13,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 SAMPLE = Path(__file__).parent / "data"
-SPEECH_SHARD_BYTES = 1_000_000  # nine shards of speech, four of images: enough to cross shard borders
+SPEECH_SHARD_BYTES = 1_000_000  # makes nine shards of training speech and four of images, to cross their borders
 IMAGE_SHARD_BYTES = 400_000
 
 

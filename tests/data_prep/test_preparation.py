@@ -76,7 +76,7 @@ def test_totals_and_balance(speech_dataset: Path, image_dataset: Path) -> None:
     assert images.pixels == 280 * 128 * 128
     assert len(images.classes) == 14
     shards = speech.splits["train"].shards
-    assert len(shards) == 8
+    assert len(shards) == 9
     mean = np.mean([shard.bytes for shard in shards])
     assert all(abs(shard.bytes - mean) < 0.25 * mean for shard in shards)
     assert all(shard.bytes < 1.3 * SPEECH_SHARD_BYTES for shard in shards)
