@@ -1,0 +1,6 @@
+"""What happens to codebooks between steps: synchronisation, initialisation, health."""
+
+from pipeline.codebooks.health import CodebookHealth, QuantizerHealth
+from pipeline.codebooks.sync import CodebookSync
+
+__all__ = ["CodebookHealth", "CodebookSync", "QuantizerHealth"]

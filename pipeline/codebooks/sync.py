@@ -1,0 +1,70 @@
+"""One all-reduce an optimiser step for all codebooks of a model (design rules 4 and 6).
+
+In: a model whose quantizers hold pending statistics. Out: updated codebooks, the same on every rank, and their health.
+May touch: the codebooks.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from pipeline import collectives
+from pipeline.codebooks.health import CodebookHealth, measure_usage
+from pipeline.quantizers.base import Quantizer
+
+
+class CodebookSync:
+    """Finds every quantizer of ``model``, by its name in the model; a quantizer that is used twice counts once.
+
+    Raises RuntimeError on every rank when the ranks' models differ in their quantizers.
+    """
+
+    def __init__(self, model: nn.Module, process_group: Any = None) -> None:
+        self.process_group = process_group
+        self.quantizers = {name: module for name, module in model.named_modules() if isinstance(module, Quantizer)}
+        layout = "; ".join(
+            f"{name}: {module.config.kind} {[tuple(tensor.shape) for tensor in module.pending()]}"
+            for name, module in self.quantizers.items()
+        )
+        collectives.check_same(layout, "the models' quantizers", process_group)
+
+    @torch.no_grad()
+    def step(self) -> CodebookHealth:
+        """Reduce the pending statistics of all quantizers in one all-reduce and let each apply its update.
+
+        Called by every rank once an optimiser step, after the optimiser's own step.
+        """
+        pending = {name: quantizer.pending() for name, quantizer in self.quantizers.items()}
+        tensors = [tensor for of_quantizer in pending.values() for tensor in of_quantizer]
+        if tensors:
+            flat = torch.cat([tensor.reshape(-1) for tensor in tensors])
+            collectives.all_reduce_sum(flat, self.process_group)
+            parts = iter(flat.split([tensor.numel() for tensor in tensors]))
+        health = []
+        for name, quantizer in self.quantizers.items():
+            reduced = [next(parts).reshape(tensor.shape) for tensor in pending[name]]
+            quantizer.apply_update(reduced)
+            if quantizer.codes:
+                health.append(measure_usage(name or "quantizer", reduced[0]))  # the first statistic is the usage
+        return CodebookHealth(health)
+
+    def checksum(self) -> str:
+        """64 bits of sha256 over every quantizer's state dict, in hexadecimal."""
+        digest = hashlib.sha256()
+        for name, quantizer in self.quantizers.items():
+            for key, tensor in quantizer.state_dict().items():
+                digest.update(f"{name}.{key}".encode())
+                digest.update(_bytes(tensor))
+        return digest.hexdigest()[:16]
+
+    def check_ranks_agree(self) -> None:
+        """Raise RuntimeError on every rank unless all ranks hold bit-equal codebooks."""
+        collectives.check_same(self.checksum(), "codebook checksums", self.process_group)
+
+
+def _bytes(tensor: Tensor) -> bytes:
+    return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()

@@ -1,0 +1,280 @@
+"""What every quantizer is: one base class, one result, one set of options.
+
+In: latents with channels last, and which of them are real. Out: quantized vectors, codes, losses. ``forward`` touches
+nothing but pending statistics; codebooks change in ``apply_update`` only, which
+:class:`pipeline.codebooks.CodebookSync` calls once an optimiser step with the statistics of all ranks (design rule 4).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+from torch import Tensor, nn
+
+
+class QuantizerOptions(BaseModel):
+    """What every kind with a codebook is configured by."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    dim: int | None = Field(None, ge=1, description="size of a quantized vector; none: the model supplies it")
+    codes: int = Field(512, ge=2, description="codes in each group's codebook")
+    groups: int = Field(1, ge=1, description="parts of a vector that are quantized each by a codebook of its own")
+
+    @model_validator(mode="after")
+    def _groups_divide(self) -> Any:
+        if self.dim is not None and self.dim % self.groups:
+            divisors = [number for number in range(1, self.dim + 1) if self.dim % number == 0]
+            raise ValueError(
+                f"dim={self.dim} can't be split into groups={self.groups}: "
+                f"use groups={', '.join(map(str, divisors[:8]))}"
+            )
+        return self
+
+
+@dataclass
+class QuantizerOutput:
+    """What one forward gives; ``...`` is the latents' leading shape."""
+
+    vectors: Tensor
+    """``(..., dim)``, dtype of the latents, differentiable; zeros where the mask is False."""
+    codes: Tensor
+    """``(..., groups)`` int64; −1 where the mask is False."""
+    losses: dict[str, Tensor]
+    """Name → fp32 scalar, already weighted, mean over real tokens; 0 when there are none."""
+    usage: Tensor
+    """``(groups, codes)`` fp32: how often each code was chosen in this call."""
+    metrics: dict[str, Tensor] = field(default_factory=dict)
+    """Name → detached scalar, for the log; may be empty."""
+
+
+@dataclass
+class Quantized:
+    """What a kind makes of real tokens: the part of :class:`QuantizerOutput` that is its own."""
+
+    vectors: Tensor  # (tokens, dim) fp32
+    codes: Tensor  # (tokens, groups) int64
+    losses: dict[str, Tensor]
+    metrics: dict[str, Tensor] = field(default_factory=dict)
+
+
+class Quantizer(nn.Module):
+    """Base of all kinds. A kind implements :meth:`quantize`, :meth:`assign` and :meth:`codebook`, and where it keeps
+    statistics of its own, :meth:`observe` and :meth:`update`.
+
+    Checkpoint behaviour: parameters and buffers are in the state dict; buffers stay fp32 through ``.half()``,
+    ``.bfloat16()`` and ``.to(dtype)``. Pending statistics are not in it: a checkpoint is written between steps, where
+    there are none. Learned codes are parameters; an engine may hold them in its own precision with an fp32 master copy.
+    """
+
+    updates: Tensor
+
+    def __init__(self, config: Any, *, dim: int, codes: int, groups: int, input_dim: int | None = None) -> None:
+        super().__init__()
+        self.config = config
+        self.dim, self.codes, self.groups = dim, codes, groups
+        self.code_dim = dim // groups
+        self.input_dim = dim if input_dim is None else input_dim
+        self.register_buffer("updates", torch.zeros((), dtype=torch.int64))  # optimiser steps done, for schedules
+        # Pending statistics are no buffers: DistributedDataParallel would overwrite those by rank 0's.
+        self._shapes: dict[str, tuple[int, ...]] = {}
+        self._pending: dict[str, Tensor] = {}
+        if codes:
+            self.declare_statistic("usage", groups, codes)
+
+    # -- what a kind implements ------------------------------------------------------------------------------------
+
+    def quantize(self, latents: Tensor) -> Quantized:
+        """Quantize real tokens, ``(tokens, input_dim)`` fp32; there may be none of them."""
+        raise NotImplementedError
+
+    def assign(self, latents: Tensor) -> Tensor:
+        """Codes of ``(tokens, input_dim)`` fp32 latents at inference: int64 ``(tokens, groups)``."""
+        raise NotImplementedError
+
+    def codebook(self) -> Tensor:
+        """The effective codes: fp32 ``(groups, codes, dim // groups)``, detached; don't write into it."""
+        raise NotImplementedError
+
+    def observe(self, latents: Tensor, codes: Tensor) -> None:
+        """Add what this kind needs for its update to the pending statistics; called in training only, without grad."""
+
+    def update(self, statistics: dict[str, Tensor]) -> None:
+        """Change the codebook by one optimiser step's statistics, summed over ranks and micro-batches."""
+
+    def set_codebook(self, codebook: Tensor, counts: Tensor | None = None) -> None:
+        """Set the effective codes ``(groups, codes, dim // groups)``; ``counts (groups, codes)``: tokens of each."""
+        raise ValueError(f"quantizer kind {self.config.kind} has no codes that can be set from latents")
+
+    # -- what everyone calls ---------------------------------------------------------------------------------------
+
+    def forward(self, z: Tensor, mask: Tensor | None = None) -> QuantizerOutput:
+        """Quantize ``z (..., input_dim)``; ``mask (...)`` bool, True where a token is real.
+
+        Raises ValueError, and changes nothing, for latents of another size, for a mask of another shape and for NaN or
+        infinity in a real token.
+        """
+        latents = self._real_latents(z, mask)
+        with torch.autocast(z.device.type, enabled=False):
+            found = self.quantize(latents)
+        usage = count_codes(found.codes, self.codes)
+        if self.training and not _in_backward():
+            with torch.no_grad():
+                if self.codes:
+                    self.add_statistic("usage", usage)
+                self.observe(latents.detach(), found.codes)
+        vectors = _scatter(found.vectors.to(z.dtype), mask, z.shape[:-1], 0)
+        codes = _scatter(found.codes, mask, z.shape[:-1], -1)
+        return QuantizerOutput(vectors, codes, found.losses, usage, found.metrics)
+
+    @torch.no_grad()
+    def encode(self, z: Tensor) -> Tensor:
+        """Codes of ``z (..., input_dim)``: int64 ``(..., groups)``. Touches no state, in training mode or not."""
+        with torch.autocast(z.device.type, enabled=False):
+            return self.assign(self._real_latents(z, None)).reshape(*z.shape[:-1], self.groups)
+
+    @torch.no_grad()
+    def decode(self, codes: Tensor) -> Tensor:
+        """Vectors of ``codes (..., groups)``: fp32 ``(..., dim)``; −1 (no token) becomes zeros.
+
+        Raises ValueError for another number of groups and for a code that is not in the codebook.
+        """
+        if codes.shape[-1:] != (self.groups,):
+            raise ValueError(f"codes have shape {tuple(codes.shape)}: the last axis must be groups={self.groups}")
+        if codes.numel() and (int(codes.min()) < -1 or int(codes.max()) >= self.codes):
+            raise ValueError(
+                f"codes lie in {int(codes.min())}…{int(codes.max())}: use 0…{self.codes - 1}, or -1 for no token"
+            )
+        vectors = look_up(self.codebook(), codes.reshape(-1, self.groups).clamp(min=0))
+        vectors = vectors.reshape(*codes.shape[:-1], self.groups, self.code_dim) * (codes >= 0).unsqueeze(-1)
+        return vectors.reshape(*codes.shape[:-1], self.dim)
+
+    # -- pending statistics ----------------------------------------------------------------------------------------
+
+    def declare_statistic(self, name: str, *shape: int) -> None:
+        """Name a statistic that is summed over ranks each step; fp32 of this shape."""
+        self._shapes[name] = shape
+
+    def add_statistic(self, name: str, value: Tensor) -> None:
+        """Add ``value`` to a pending statistic."""
+        pending = self._pending.get(name)
+        self._pending[name] = value.float().clone() if pending is None else pending.to(value.device) + value
+
+    def pending(self) -> list[Tensor]:
+        """Statistics since the last step, in the order in which they were declared; zeros where nothing came."""
+        zeros = {name: torch.zeros(shape, device=self.updates.device) for name, shape in self._shapes.items()}
+        return [self._pending.get(name, zeros[name]) for name in self._shapes]
+
+    @torch.no_grad()
+    def apply_update(self, reduced: list[Tensor]) -> None:
+        """Apply one optimiser step's statistics, summed over ranks, and clear the pending ones.
+
+        ``reduced`` has the layout of :meth:`pending`; raises ValueError, and changes nothing, when it has not.
+        """
+        shapes = [tuple(tensor.shape) for tensor in reduced]
+        if shapes != list(self._shapes.values()):
+            raise ValueError(f"statistics have shapes {shapes}: {list(self._shapes.values())} were declared")
+        self.update(dict(zip(self._shapes, reduced, strict=True)))
+        self.updates += 1
+        self.discard_pending()
+
+    def discard_pending(self) -> None:
+        """Forget the statistics since the last step."""
+        self._pending.clear()
+
+    # -- inside ----------------------------------------------------------------------------------------------------
+
+    def _real_latents(self, z: Tensor, mask: Tensor | None) -> Tensor:
+        """The real tokens of ``z``: fp32 ``(tokens, input_dim)``."""
+        if not z.is_floating_point():
+            raise ValueError(f"latents have dtype {z.dtype}: use a floating point dtype")
+        if z.shape[-1:] != (self.input_dim,):
+            raise ValueError(
+                f"latents have shape {tuple(z.shape)}: the last axis must be {self.input_dim}, what this quantizer "
+                "was built for"
+            )
+        if mask is not None and (mask.dtype != torch.bool or mask.shape != z.shape[:-1]):
+            raise ValueError(
+                f"mask is {mask.dtype} of shape {tuple(mask.shape)}: use torch.bool of shape {tuple(z.shape[:-1])}"
+            )
+        latents = (z.reshape(-1, self.input_dim) if mask is None else z[mask]).float()
+        finite = torch.isfinite(latents)
+        if not finite.all():
+            bad = int((~finite).any(dim=-1).sum())
+            raise ValueError(
+                f"{bad} of {latents.shape[0]} latents hold NaN or infinity: look for the layer that made them, "
+                "or mask these tokens"
+            )
+        return latents
+
+    def split_groups(self, latents: Tensor) -> Tensor:
+        """``(tokens, dim)`` → ``(tokens, groups, code_dim)``: group g holds the channels g·code_dim … ."""
+        return latents.reshape(-1, self.groups, self.code_dim)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Quantizer:
+        """Let a buffer follow to another device but never to another dtype (design rule 5)."""
+        before = dict(self._buffers)
+        super()._apply(fn, recurse)  # type: ignore[arg-type]
+        for name, buffer in before.items():
+            moved = self._buffers[name]
+            if buffer is not None and moved is not None and moved.dtype != buffer.dtype:
+                self._buffers[name] = buffer.to(moved.device)
+        return self
+
+
+def count_codes(codes: Tensor, number: int) -> Tensor:
+    """How often each code occurs: ``(tokens, groups)`` int64 → fp32 ``(groups, number)``."""
+    counts = torch.zeros(codes.shape[1], number, device=codes.device)
+    if number:
+        counts.scatter_add_(1, codes.T, torch.ones(codes.T.shape, device=codes.device))
+    return counts
+
+
+def sum_by_code(latents: Tensor, codes: Tensor, number: int) -> Tensor:
+    """Sum of the latents of each code.
+
+    latents ``(tokens, groups, code_dim)``, codes ``(tokens, groups)`` → ``(groups, number, code_dim)``.
+    """
+    tokens, groups, code_dim = latents.shape
+    sums = latents.new_zeros(groups * number, code_dim)
+    places = codes + torch.arange(groups, device=codes.device) * number  # group g's codes start at g · number
+    sums.index_add_(0, places.reshape(-1), latents.reshape(tokens * groups, code_dim))
+    return sums.reshape(groups, number, code_dim)
+
+
+def look_up(codebook: Tensor, codes: Tensor) -> Tensor:
+    """Codes' vectors, differentiable in the codebook.
+
+    codebook ``(groups, codes, code_dim)``, codes ``(tokens, groups)`` → ``(tokens, groups, code_dim)``.
+    """
+    groups, number, code_dim = codebook.shape
+    places = codes + torch.arange(groups, device=codes.device) * number
+    rows = codebook.reshape(groups * number, code_dim).index_select(0, places.reshape(-1))
+    return rows.reshape(-1, groups, code_dim)
+
+
+def straight_through(latents: Tensor, vectors: Tensor) -> Tensor:
+    """The value of ``vectors`` bit for bit, with the gradient passed to ``latents`` unchanged."""
+    return vectors.detach() + (latents - latents.detach())
+
+
+def mean_square(difference: Tensor) -> Tensor:
+    """Mean over tokens and features; 0 with its graph intact for no tokens."""
+    return difference.square().sum() / max(1, difference.numel())
+
+
+def _in_backward() -> bool:
+    """True while autograd runs: a forward then is an activation recomputed, seen before."""
+    return torch._C._current_graph_task_id() != -1
+
+
+def _scatter(rows: Tensor, mask: Tensor | None, shape: torch.Size, fill: int) -> Tensor:
+    """Put the real tokens' ``rows (tokens, n)`` back into place: ``(*shape, n)``, ``fill`` elsewhere."""
+    if mask is None:
+        return rows.reshape(*shape, rows.shape[-1])
+    places = mask.unsqueeze(-1).expand(*shape, rows.shape[-1])
+    return torch.full(places.shape, fill, dtype=rows.dtype, device=rows.device).masked_scatter(places, rows)

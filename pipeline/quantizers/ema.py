@@ -1,0 +1,113 @@
+"""EMA-VQ: codes are moving averages of the latents assigned to them; no gradient reaches the codebook.
+
+Van den Oord et al., arXiv 1711.00937, appendix A.1; in the exact form of Irie et al., arXiv 2302.07950, of which it is
+the special case without a neighbourhood. In: latents. Out: the nearest codes. State: codes, sums and counts in fp32.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from pipeline.quantizers.base import (
+    Quantized,
+    Quantizer,
+    QuantizerOptions,
+    look_up,
+    mean_square,
+    straight_through,
+    sum_by_code,
+)
+from pipeline.quantizers.search import nearest_codes
+
+
+class MovingAverageOptions(QuantizerOptions):
+    """What EMA-VQ and the Kohonen map have in common."""
+
+    decay: float = Field(0.99, ge=0, lt=1, description="share of the old sums and counts that a step keeps")
+    epsilon: float = Field(1e-5, gt=0, description="Laplace smoothing of the counts (update_empty only)")
+    count_init: float = Field(
+        1.0, ge=0, description="counts at the start; 0 with update_empty lets codes run away that nothing chose"
+    )
+    update_empty: bool = Field(True, description="decay codes that nothing chose too; otherwise they keep their state")
+    commitment: float = Field(0.25, ge=0, description="weight of the latents' pull towards their codes")
+
+
+class EMAConfig(MovingAverageOptions):
+    """EMA-VQ."""
+
+    kind: Literal["ema"] = "ema"
+
+
+class EMAQuantizer(Quantizer):
+    """``loss = commitment · mean((sg(c) − z)²)``; codes move in :meth:`update` only."""
+
+    config: MovingAverageOptions
+    code_vectors: Tensor
+    code_sums: Tensor
+    code_counts: Tensor
+
+    def __init__(self, config: MovingAverageOptions) -> None:
+        assert config.dim is not None
+        super().__init__(config, dim=config.dim, codes=config.codes, groups=config.groups)
+        shape = (self.groups, self.codes, self.code_dim)
+        codes = torch.randn(shape, dtype=torch.float32)
+        self.register_buffer("code_vectors", codes)
+        # A copy of the codes, not codes · count_init: the published initialisation (section 1.1 of the code read).
+        self.register_buffer("code_sums", codes.clone())
+        self.register_buffer("code_counts", torch.full(shape[:2], config.count_init, dtype=torch.float32))
+        self.declare_statistic("sums", *shape)
+
+    def quantize(self, latents: Tensor) -> Quantized:
+        codes = self.assign(latents)
+        vectors = look_up(self.code_vectors, codes).reshape(-1, self.dim)
+        commitment = self.config.commitment * mean_square(vectors - latents)
+        return Quantized(straight_through(latents, vectors), codes, {"commitment": commitment})
+
+    def assign(self, latents: Tensor) -> Tensor:
+        return nearest_codes(self.split_groups(latents), self.code_vectors)
+
+    def codebook(self) -> Tensor:
+        return self.code_vectors.detach()
+
+    def observe(self, latents: Tensor, codes: Tensor) -> None:
+        self.add_statistic("sums", sum_by_code(self.split_groups(latents), codes, self.codes))
+
+    def update(self, statistics: dict[str, Tensor]) -> None:
+        """Irie et al., equations 3–5 with their neighbourhood A(t): n = Aᵀ counts, S = Aᵀ sums, then the averages."""
+        if not statistics["usage"].any():
+            return  # no real token on any rank: there is nothing to average
+        joined = torch.cat([statistics["usage"].unsqueeze(-1), statistics["sums"]], dim=-1)
+        blurred = self.spread(joined)  # (groups, codes, 1 + code_dim)
+        new_counts, new_sums = blurred[..., 0], blurred[..., 1:]
+        decay, epsilon = self.config.decay, self.config.epsilon
+        counts = decay * self.code_counts + (1 - decay) * new_counts
+        sums = decay * self.code_sums + (1 - decay) * new_sums
+        if self.config.update_empty:
+            total = counts.sum(dim=1, keepdim=True)
+            counts = (counts + epsilon) / (total + self.codes * epsilon) * total
+            self.code_counts.copy_(counts)
+            self.code_sums.copy_(sums)
+            self.code_vectors.copy_(sums / counts.unsqueeze(-1))
+            return
+        met = new_counts > 0
+        self.code_counts.copy_(torch.where(met, counts, self.code_counts))
+        met, counts = met.unsqueeze(-1), counts.unsqueeze(-1)
+        self.code_sums.copy_(torch.where(met, sums, self.code_sums))
+        self.code_vectors.copy_(torch.where(met, sums / counts, self.code_vectors))
+
+    def spread(self, statistics: Tensor) -> Tensor:
+        """Share each code's statistics ``(groups, codes, n)`` with its neighbours; here there are none."""
+        return statistics
+
+    @torch.no_grad()
+    def set_codebook(self, codebook: Tensor, counts: Tensor | None = None) -> None:
+        """Counts of at least 1, and sums that fit them, so that the first step moves no code by more than its due."""
+        self.code_vectors.copy_(codebook)
+        self.code_counts.fill_(1.0)
+        if counts is not None:
+            self.code_counts.copy_(counts.clamp(min=1))
+        self.code_sums.copy_(self.code_vectors * self.code_counts.unsqueeze(-1))

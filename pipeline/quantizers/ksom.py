@@ -1,0 +1,77 @@
+"""Kohonen's self-organising map as a quantizer: EMA-VQ whose codes stand on a grid and learn from their neighbours.
+
+Irie, Csordás, Schmidhuber, "Self-Organising Neural Discrete Representation Learning à la Kohonen", arXiv 2302.07950.
+In: latents. Out: the nearest codes. State: EMA-VQ's; the neighbourhood shrinks with the number of optimiser steps.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any, Literal
+
+import torch
+from pydantic import Field, model_validator
+from torch import Tensor
+
+from pipeline.quantizers.ema import EMAQuantizer, MovingAverageOptions
+from pipeline.quantizers.neighbourhood import (
+    NEIGHBOUR_DISTANCE,
+    Neighbourhood,
+    factorise,
+    grid_coordinates,
+    grid_distance,
+    spread_over_grid,
+)
+
+
+class KSOMConfig(MovingAverageOptions):
+    """A Kohonen map; without a neighbourhood it is EMA-VQ."""
+
+    kind: Literal["ksom"] = "ksom"
+    grid: tuple[int, ...] | None = Field(
+        None, description="shape of the map, such as [32, 16]; none: the squarest two-dimensional one"
+    )
+    neighbourhood: Neighbourhood = Field(
+        "hard", description="hard: the codes around; gaussian: the paper's formula; exponential: the published code's"
+    )
+    shrink_step: float = Field(0.1, ge=0, description="τ: how fast the neighbourhood shrinks, per optimiser step")
+    base: float = Field(10.0, gt=0, description="b: width of the gaussian and exponential neighbourhood at the start")
+
+    @model_validator(mode="after")
+    def _grid_holds_the_codes(self) -> Any:
+        if self.grid is None:
+            return self
+        if not self.grid or min(self.grid) < 1:
+            raise ValueError(f"grid={list(self.grid)} has a side below 1: use {list(factorise(self.codes))}")
+        if math.prod(self.grid) != self.codes:
+            raise ValueError(
+                f"grid={list(self.grid)} holds {math.prod(self.grid)} codes, codes={self.codes}: "
+                f"use a grid that multiplies to {self.codes}, such as {list(factorise(self.codes))}"
+            )
+        return self
+
+
+class KSOMQuantizer(EMAQuantizer):
+    """EMA-VQ with :meth:`spread` over the grid. ``grid`` is its shape, ``grid_distance()`` its distances."""
+
+    config: KSOMConfig
+
+    def __init__(self, config: KSOMConfig) -> None:
+        super().__init__(config)
+        self.grid = config.grid or factorise(config.codes)
+
+    def spread(self, statistics: Tensor) -> Tensor:
+        config = self.config
+        return spread_over_grid(
+            statistics, config.neighbourhood, self.grid, int(self.updates), config.shrink_step, config.base
+        )
+
+    def grid_distance(self) -> Tensor:
+        """Euclidean distance of each pair of codes on the grid: fp32 ``(codes, codes)``."""
+        return grid_distance(self.grid)
+
+    def are_neighbours(self, code_a: Tensor, code_b: Tensor) -> Tensor:
+        """True where two codes, int64 of one shape, touch on the grid (diagonally too) or are the same."""
+        coordinates = grid_coordinates(self.grid).to(code_a.device)
+        apart = (coordinates[code_a] - coordinates[code_b]).float().square().sum(dim=-1).sqrt()
+        return torch.as_tensor(apart < NEIGHBOUR_DISTANCE)

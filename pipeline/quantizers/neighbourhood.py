@@ -1,0 +1,120 @@
+"""The grid of a Kohonen map and how codes share what they see with their neighbours on it.
+
+In: a grid shape, a step, statistics by code. Out: coordinates, distances, shared statistics. Pure functions.
+
+Code i stands at coordinate (i mod shape[0], i // shape[0] mod shape[1], …): the first axis runs fastest. Borders are
+open. Source: Irie et al., arXiv 2302.07950, and the code they published, which differ in the Gaussian; both are here.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Sequence
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+Neighbourhood = Literal["none", "hard", "gaussian", "exponential"]
+NEIGHBOUR_DISTANCE = 1.5  # codes nearer than this on the grid are neighbours: diagonal ones too
+BLOCK_ROWS = 1024  # rows of the codes × codes matrix that are held at once
+
+
+def factorise(codes: int, dimensions: int = 2) -> tuple[int, ...]:
+    """The squarest grid of ``codes`` codes: 512 → (32, 16), 12 → (3, 4); a prime number gives a line, 7 → (7, 1)."""
+    if dimensions == 1:
+        return (codes,)
+    root = math.ceil(round(codes ** (1 / dimensions), 9))
+    side = next(number for number in range(min(root, codes), 0, -1) if codes % number == 0)
+    return (*factorise(codes // side, dimensions - 1), side)
+
+
+def grid_coordinates(grid: Sequence[int]) -> Tensor:
+    """Coordinates of each code: int64 ``(codes, len(grid))``."""
+    index = torch.arange(math.prod(grid))
+    axes = []
+    for size in grid:
+        axes.append(index % size)
+        index = index // size
+    return torch.stack(axes, dim=1)
+
+
+def grid_distance(grid: Sequence[int]) -> Tensor:
+    """Euclidean distance of each pair of codes on the grid: fp32 ``(codes, codes)``."""
+    coordinates = grid_coordinates(grid).float()
+    return torch.cdist(coordinates, coordinates, compute_mode="donot_use_mm_for_euclid_dist")
+
+
+def hard_share(step: int, shrink_step: float) -> float:
+    """What a neighbour gets of a code's statistics after ``step`` updates: 1 / (1 + τ·t)."""
+    return 1.0 / (1.0 + shrink_step * step)
+
+
+def neighbourhood_matrix(
+    kind: Neighbourhood, grid: Sequence[int], step: int, shrink_step: float, base: float
+) -> Tensor:
+    """A(t), fp32 ``(codes, codes)``, symmetric with a diagonal of 1. For drawing and checking; training uses
+    :func:`spread_over_grid`, which never makes it."""
+    codes = math.prod(grid)
+    eye = torch.eye(codes).unsqueeze(0)
+    return spread_over_grid(eye, kind, grid, step, shrink_step, base)[0]
+
+
+def spread_over_grid(
+    statistics: Tensor, kind: Neighbourhood, grid: Sequence[int], step: int, shrink_step: float, base: float
+) -> Tensor:
+    """A(t)ᵀ statistics: ``(groups, codes, n)`` → the same shape, with G the distance on the grid and b = ``base``.
+
+    ``hard``: 1 / (1 + τt) where G < 1.5. ``gaussian``: exp(−G²·(1 + τt) / b), the paper's formula. ``exponential``:
+    exp(−G·(1 + τt) / b), what the published code computes. ``none``: statistics as they are.
+    """
+    if kind == "none":
+        return statistics
+    if kind == "hard":
+        return statistics + hard_share(step, shrink_step) * _sum_of_neighbours(statistics, grid)
+    width = base * hard_share(step, shrink_step)
+    if kind == "gaussian":
+        return _spread_gaussian(statistics, grid, width)
+    return _spread_exponential(statistics, grid, width)
+
+
+def _on_grid(statistics: Tensor, grid: Sequence[int]) -> Tensor:
+    """``(groups, codes, n)`` → ``(groups, *reversed(grid), n)``: the first axis of the grid is the fastest."""
+    return statistics.reshape(statistics.shape[0], *reversed(grid), statistics.shape[-1])
+
+
+def _sum_of_neighbours(statistics: Tensor, grid: Sequence[int]) -> Tensor:
+    placed = _on_grid(statistics, grid)
+    total = torch.zeros_like(placed)
+    for offset in itertools.product((-1, 0, 1), repeat=len(grid)):
+        if not 0 < math.hypot(*offset) < NEIGHBOUR_DISTANCE:
+            continue
+        to = tuple(
+            slice(max(0, shift), size + min(0, shift)) for shift, size in zip(offset, placed.shape[1:], strict=False)
+        )
+        source = tuple(
+            slice(max(0, -shift), size + min(0, -shift)) for shift, size in zip(offset, placed.shape[1:], strict=False)
+        )
+        total[:, *to] += placed[:, *source]
+    return total.reshape(statistics.shape)
+
+
+def _spread_gaussian(statistics: Tensor, grid: Sequence[int], width: float) -> Tensor:
+    """exp(−(x² + y²)/w) = exp(−x²/w)·exp(−y²/w): one small product an axis."""
+    placed = _on_grid(statistics, grid)
+    for axis, size in enumerate(reversed(grid), start=1):
+        places = torch.arange(size, dtype=torch.float32, device=statistics.device)
+        weights = torch.exp(-(places[:, None] - places[None, :]).square() / width)
+        placed = torch.tensordot(placed, weights, dims=([axis], [0])).movedim(-1, axis)
+    return placed.reshape(statistics.shape)
+
+
+def _spread_exponential(statistics: Tensor, grid: Sequence[int], width: float) -> Tensor:
+    """Not separable: the matrix in blocks of rows."""
+    coordinates = grid_coordinates(grid).float().to(statistics.device)
+    blocks = []
+    for rows in coordinates.split(BLOCK_ROWS):
+        distance = torch.cdist(rows, coordinates, compute_mode="donot_use_mm_for_euclid_dist")
+        blocks.append(torch.einsum("rc,gcn->grn", torch.exp(-distance / width), statistics))
+    return torch.cat(blocks, dim=1)
