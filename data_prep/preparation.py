@@ -214,7 +214,13 @@ def _write_with_ray(
                     return
                 done, _ = ray.wait(list(running), num_returns=1)
                 for reference in done:
-                    yield running.pop(reference), ray.get(reference)
+                    task = running.pop(reference)
+                    try:
+                        yield task, ray.get(reference)
+                    except ray.exceptions.RayTaskError as error:
+                        raise PreparationError(
+                            f"shard {task.stem} can't be written: {error.cause}; repeat the command to go on"
+                        ) from error
         finally:
             for reference in running:
                 ray.cancel(reference)

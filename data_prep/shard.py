@@ -111,8 +111,9 @@ def write_shard(out: Path, task: ShardTask, settings: Settings, classes: dict[st
                 except Refused as error:
                     refused.append(Refusal(path=source.name, reason=str(error), bytes=source.size))
                     continue
-                except FileNotFoundError:
-                    refused.append(Refusal(path=source.name, reason="the file does not exist", bytes=0))
+                except (FileNotFoundError, PermissionError) as error:  # other errors of the disk are tried again
+                    reason = f"can't be read: {error.strerror}"
+                    refused.append(Refusal(path=source.name, reason=reason, bytes=source.size))
                     continue
                 metadata = describe(source, sample)
                 offset = _add(archive, hashing, f"{source.key}.{sample.suffix}", sample.content)

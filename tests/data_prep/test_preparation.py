@@ -188,6 +188,26 @@ def test_sound_is_resampled_and_pictures_are_scaled(tmp_path: Path) -> None:
     assert images.manifest.image_size == 100
 
 
+def test_listed_files_that_are_missing_are_set_aside(image_source: Path, tmp_path: Path) -> None:
+    good = sorted(path for path in image_source.rglob("*.jpg") if "broken" not in path.name)[:3]
+    (tmp_path / "list.txt").write_text("".join(f"{path}\tseen\n" for path in [*good, tmp_path / "gone.jpg"]))
+    summary = prepare("image", tmp_path / "list.txt", tmp_path / "out", splits="train", progress=quiet)
+    assert summary.samples == 3
+    assert [refusal.reason for refusal in summary.refused] == ["can't be read: No such file or directory"]
+    assert ShardedDataset(tmp_path / "out").manifest.classes == ["seen"]
+
+
+def test_an_error_of_the_disk_is_told_with_the_shard(image_source: Path, tmp_path: Path) -> None:
+    """A file stands where the records' folder should be: no fault of any source file, and the shard can't be done."""
+    out = tmp_path / "out"
+    (out / ".prepare").mkdir(parents=True)
+    (out / ".prepare" / "train").write_text("in the way of the records")
+    with pytest.raises(PreparationError, match=r"shard train/shard-000000 can't be written: .*repeat the command"):
+        prepare("image", image_source, out, splits="train", progress=quiet)
+    (out / ".prepare" / "train").unlink()
+    assert prepare("image", image_source, out, splits="train", progress=quiet).samples == 280
+
+
 @pytest.mark.parametrize(
     ("options", "says"),
     [
