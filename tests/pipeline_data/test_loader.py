@@ -43,8 +43,9 @@ def stream(path: Path, steps: int, world_size: int = 1, start_step: int = 0, **o
         with build_loader(
             dataset, plan, COLLATION, rank=rank, world_size=world_size, start_step=start_step, steps=steps, **options
         ) as loader:
-            for batch in (batch for item in loader for batch in item):
-                found[batch.step, batch.number] = batch
+            for item in loader:
+                assert [batch.number for batch in item] == list(range(rank, BATCH.micro_batches, world_size))
+                found |= {(batch.step, batch.number): batch for batch in item}
     return [found[place] for place in sorted(found)]
 
 
