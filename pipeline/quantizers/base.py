@@ -118,7 +118,7 @@ class Quantizer(nn.Module):
         Raises ValueError, and changes nothing, for latents of another size, for a mask of another shape and for NaN or
         infinity in a real token.
         """
-        latents = self._real_latents(z, mask)
+        latents = self.real_latents(z, mask)
         with torch.autocast(z.device.type, enabled=False):
             found = self.quantize(latents)
         usage = count_codes(found.codes, self.codes)
@@ -135,7 +135,7 @@ class Quantizer(nn.Module):
     def encode(self, z: Tensor) -> Tensor:
         """Codes of ``z (..., input_dim)``: int64 ``(..., groups)``. Touches no state, in training mode or not."""
         with torch.autocast(z.device.type, enabled=False):
-            return self.assign(self._real_latents(z, None)).reshape(*z.shape[:-1], self.groups)
+            return self.assign(self.real_latents(z, None)).reshape(*z.shape[:-1], self.groups)
 
     @torch.no_grad()
     def decode(self, codes: Tensor) -> Tensor:
@@ -188,7 +188,7 @@ class Quantizer(nn.Module):
 
     # -- inside ----------------------------------------------------------------------------------------------------
 
-    def _real_latents(self, z: Tensor, mask: Tensor | None) -> Tensor:
+    def real_latents(self, z: Tensor, mask: Tensor | None) -> Tensor:
         """The real tokens of ``z``: fp32 ``(tokens, input_dim)``."""
         if not z.is_floating_point():
             raise ValueError(f"latents have dtype {z.dtype}: use a floating point dtype")

@@ -21,7 +21,7 @@ class IdentityConfig(BaseModel):
 
 
 class IdentityQuantizer(Quantizer):
-    """Vectors are the latents, every code is −1 (none), there are no losses and no statistics."""
+    """Vectors are the latents, every real token's code is 0, there are no losses and no statistics."""
 
     def __init__(self, config: IdentityConfig) -> None:
         assert config.dim is not None
@@ -31,7 +31,7 @@ class IdentityQuantizer(Quantizer):
         return Quantized(latents, self.assign(latents), losses={})
 
     def assign(self, latents: Tensor) -> Tensor:
-        return torch.full((latents.shape[0], 1), -1, dtype=torch.int64, device=latents.device)
+        return torch.zeros(latents.shape[0], 1, dtype=torch.int64, device=latents.device)
 
     def codebook(self) -> Tensor:
         return torch.empty(1, 0, self.dim, device=self.updates.device)

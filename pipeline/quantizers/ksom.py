@@ -17,6 +17,7 @@ from pipeline.quantizers.ema import EMAQuantizer, MovingAverageOptions
 from pipeline.quantizers.neighbourhood import (
     NEIGHBOUR_DISTANCE,
     Neighbourhood,
+    arrange_on_grid,
     factorise,
     grid_coordinates,
     grid_distance,
@@ -65,6 +66,12 @@ class KSOMQuantizer(EMAQuantizer):
         return spread_over_grid(
             statistics, config.neighbourhood, self.grid, int(self.updates), config.shrink_step, config.base
         )
+
+    def set_codebook(self, codebook: Tensor, counts: Tensor | None = None) -> None:
+        """Codes that come in no order are laid on the grid along their principal components first."""
+        order = torch.stack([arrange_on_grid(vectors, self.grid) for vectors in codebook])  # (groups, codes)
+        ordered = codebook.gather(1, order.unsqueeze(-1).expand_as(codebook))
+        super().set_codebook(ordered, None if counts is None else counts.gather(1, order))
 
     def grid_distance(self) -> Tensor:
         """Euclidean distance of each pair of codes on the grid: fp32 ``(codes, codes)``."""

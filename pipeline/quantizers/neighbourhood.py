@@ -46,6 +46,29 @@ def grid_distance(grid: Sequence[int]) -> Tensor:
     return torch.cdist(coordinates, coordinates, compute_mode="donot_use_mm_for_euclid_dist")
 
 
+def arrange_on_grid(vectors: Tensor, grid: Sequence[int]) -> Tensor:
+    """An order in which vectors that were found without the grid lie on it in a rough order of their own.
+
+    vectors ``(codes, dim)`` → int64 ``(codes,)``: code i of the map takes ``vectors[order[i]]``. The slowest axis
+    follows the first principal component, the next one the second within each slice, and so on.
+    """
+    centred = vectors.double() - vectors.double().mean(dim=0)
+    directions = torch.linalg.svd(centred, full_matrices=False).Vh
+    # a component's sign is arbitrary: its largest entry shall be positive
+    peaks = directions.gather(1, directions.abs().argmax(dim=1, keepdim=True))
+    positions = centred @ (directions * peaks.sign()).T  # (codes, components)
+
+    def arrange(places: Tensor, sides: Sequence[int], component: int) -> Tensor:
+        if component < positions.shape[1]:
+            places = places[positions[places, component].argsort(stable=True)]
+        if len(sides) == 1:
+            return places
+        slices = places.reshape(sides[-1], -1)
+        return torch.cat([arrange(part, sides[:-1], component + 1) for part in slices])
+
+    return arrange(torch.arange(len(vectors), device=vectors.device), grid, 0)
+
+
 def hard_share(step: int, shrink_step: float) -> float:
     """What a neighbour gets of a code's statistics after ``step`` updates: 1 / (1 + τ·t)."""
     return 1.0 / (1.0 + shrink_step * step)

@@ -1,0 +1,188 @@
+"""Codebooks from k-means over real latents, the same on any number of ranks.
+
+In: a model and this rank's micro-batches. Out: codebooks set. May touch: the codebooks, nothing else of the model.
+
+A sample of the latents, chosen by each token's key, is gathered in the order of the keys; then every rank runs the same
+k-means on the same sample. Sums that went over the ranks in parts would round differently on another number of them,
+and k-means turns a rounding error on a border into another codebook. Recipe: random distinct latents as first centres,
+20 iterations of Lloyd (Zhao et al., arXiv 2605.06870), empty centres moved to the worst represented latents.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from contextlib import ExitStack
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from pipeline import collectives
+from pipeline.quantizers.base import Quantizer, count_codes, look_up, sum_by_code
+from pipeline.quantizers.keys import token_keys
+from pipeline.quantizers.search import nearest_codes
+
+PURPOSE = 1  # first part of the tokens' keys here
+
+
+class LatentSample:
+    """Keeps the ``size`` latents with the smallest keys of all that are added; the order of adding plays no part."""
+
+    def __init__(self, size: int) -> None:
+        self.size = size
+        self._keys: list[Tensor] = []
+        self._latents: list[Tensor] = []
+        self._held = 0
+
+    def add(self, latents: Tensor, number: int) -> None:
+        """Add the real latents ``(tokens, dim)`` of micro-batch ``number``."""
+        self._keys.append(token_keys(len(latents), PURPOSE, number, device=latents.device))
+        self._latents.append(latents.detach().float())
+        self._held += len(latents)
+        if self._held > 2 * self.size:
+            self._shrink()
+
+    def gather(self, device: torch.device, dim: int, group: Any = None) -> Tensor:
+        """The sample over all ranks, by key: fp32 ``(at most size, dim)``, the same on every rank."""
+        self._keys.append(torch.empty(0, dtype=torch.int64, device=device))
+        self._latents.append(torch.empty(0, dim, device=device))
+        self._shrink()
+        keys, latents = self._keys[0], self._latents[0]
+        longest = int(collectives.all_reduce_max(torch.tensor([len(keys)], device=device), group))
+        padding = longest - len(keys)
+        # no real key reaches the largest integer: padding sorts to the end
+        keys = torch.cat([keys, keys.new_full((padding,), torch.iinfo(torch.int64).max)])
+        latents = torch.cat([latents, latents.new_zeros(padding, dim)])
+        all_keys = collectives.all_gather(keys, group).reshape(-1)
+        all_latents = collectives.all_gather(latents, group).reshape(-1, dim)
+        all_keys, order = all_keys.sort(stable=True)
+        order = order[all_keys < torch.iinfo(torch.int64).max][: self.size]
+        return all_latents[order]
+
+    def _shrink(self) -> None:
+        keys, latents = torch.cat(self._keys), torch.cat(self._latents)
+        keys, order = keys.sort(stable=True)
+        self._keys, self._latents = [keys[: self.size]], [latents[order[: self.size]]]
+        self._held = len(self._keys[0])
+
+
+@torch.no_grad()
+def initialise_codebooks(
+    model: nn.Module,
+    batches: Iterable[Any],
+    method: str = "kmeans",
+    process_group: Any = None,
+    *,
+    iterations: int = 20,
+    samples_per_code: int = 32,
+) -> None:
+    """Set the codes of every quantizer in ``model`` from the latents that ``model(batch)`` brings to it.
+
+    ``batches``: this rank's micro-batches; rank r of W brings numbers r, r + W, r + 2W … of the global batches. The
+    model runs in evaluation mode and is left in the mode it had. At most ``samples_per_code · codes`` latents are
+    looked at. Every rank calls it.
+
+    Raises ValueError for another method, for a kind whose codes can't be set, and when fewer distinct latents came
+    than there are codes; no codebook is changed then.
+    """
+    if method != "kmeans":
+        raise ValueError(f"method={method!r} is unknown: use 'kmeans'")
+    quantizers = {name: module for name, module in model.named_modules() if isinstance(module, Quantizer)}
+    quantizers = {name: quantizer for name, quantizer in quantizers.items() if quantizer.codes}
+    for name, quantizer in quantizers.items():
+        if type(quantizer).set_codebook is Quantizer.set_codebook:
+            raise ValueError(
+                f"quantizer {name or model.__class__.__name__} of kind {quantizer.config.kind} has no codes that "
+                f"k-means can set: use no initialisation, or a kind that looks for the nearest code"
+            )
+    samples = {name: LatentSample(samples_per_code * quantizer.codes) for name, quantizer in quantizers.items()}
+    _collect(model, batches, quantizers, samples, process_group)
+
+    found = {}
+    for name, quantizer in quantizers.items():
+        device = quantizer.updates.device
+        latents = samples[name].gather(device, quantizer.input_dim, process_group)
+        found[name] = cluster(quantizer.split_groups(latents), quantizer.codes, iterations)
+    for name, quantizer in quantizers.items():
+        quantizer.set_codebook(*found[name])
+        for tensor in quantizer.state_dict().values():  # machines of different make may round differently
+            collectives.broadcast(tensor, 0, process_group)
+
+
+def _collect(
+    model: nn.Module,
+    batches: Iterable[Any],
+    quantizers: dict[str, Quantizer],
+    samples: dict[str, LatentSample],
+    group: Any,
+) -> None:
+    rank, world_size = collectives.rank(group), collectives.world_size(group)
+    number = rank
+    was_training = {module: module.training for module in model.modules()}
+
+    def watch(name: str) -> Any:
+        def look(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            latents = args[0] if args else kwargs["z"]
+            mask = args[1] if len(args) > 1 else kwargs.get("mask")
+            samples[name].add(module.real_latents(latents, mask), number)
+
+        return look
+
+    with ExitStack() as stack:
+        for name, quantizer in quantizers.items():
+            handle = quantizer.register_forward_pre_hook(watch(name), with_kwargs=True)
+            stack.callback(handle.remove)
+        model.eval()
+        try:
+            for batch in batches:
+                model(batch)
+                number += world_size
+        finally:
+            for module, training in was_training.items():
+                module.training = training
+
+
+def cluster(latents: Tensor, codes: int, iterations: int = 20) -> tuple[Tensor, Tensor]:
+    """K-means in each group: latents ``(tokens, groups, dim)`` → centres ``(groups, codes, dim)``, counts
+    ``(groups, codes)``, both fp32. Deterministic; the latents' order decides which are the first centres.
+
+    Raises ValueError when a group has fewer distinct latents than codes.
+    """
+    centres = torch.stack([_first_distinct(latents[:, group], codes) for group in range(latents.shape[1])])
+    assigned: Tensor | None = None
+    for _ in range(iterations):
+        nearest = nearest_codes(latents, centres)
+        if assigned is not None and torch.equal(nearest, assigned):
+            break
+        assigned = nearest
+        counts = count_codes(assigned, codes)
+        sums = sum_by_code(latents.double(), assigned, codes)
+        means = (sums / counts.clamp(min=1).unsqueeze(-1)).float()
+        centres = torch.where(counts.unsqueeze(-1) > 0, means, centres)
+        _fill_empty(centres, latents, assigned, counts)
+    return centres, count_codes(nearest_codes(latents, centres), codes)
+
+
+def _first_distinct(latents: Tensor, codes: int) -> Tensor:
+    """The first ``codes`` distinct rows of ``(tokens, dim)``."""
+    distinct, places = torch.unique(latents, dim=0, return_inverse=True)
+    if len(distinct) < codes:
+        raise ValueError(
+            f"k-means found {len(distinct)} distinct latents for {codes} codes: "
+            "bring more batches (codebooks.initialise_steps) or use fewer codes"
+        )
+    tokens = torch.arange(len(latents), device=latents.device)
+    first = torch.full((len(distinct),), len(latents), device=latents.device)
+    first = first.scatter_reduce(0, places, tokens, reduce="amin")
+    return latents[first.sort().values[:codes]].clone()
+
+
+def _fill_empty(centres: Tensor, latents: Tensor, assigned: Tensor, counts: Tensor) -> None:
+    """Move centres that nothing chose to the latents farthest from their own centre, in place."""
+    if counts.all():
+        return
+    errors = (look_up(centres, assigned) - latents).square().sum(dim=-1)  # (tokens, groups)
+    for group in range(len(centres)):
+        empty = (counts[group] == 0).nonzero().squeeze(1)
+        farthest = errors[:, group].sort(descending=True, stable=True).indices[: len(empty)]
+        centres[group, empty] = latents[farthest, group]
