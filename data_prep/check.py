@@ -87,7 +87,7 @@ def check_image(content: bytes, image_size: int | None) -> CheckedSample:
     """
     from PIL import Image, ImageOps
 
-    from pipeline.data.image import to_rgb
+    from pipeline.data.rgb import to_rgb
 
     try:
         with warnings.catch_warnings():

@@ -17,6 +17,7 @@ from torchvision.io import ImageReadMode, decode_jpeg
 
 from pipeline.data.audio import DecodeError
 from pipeline.data.config import DataConfig
+from pipeline.data.rgb import to_rgb
 
 
 def decode_image(content: bytes) -> Tensor:
@@ -31,16 +32,6 @@ def decode_image(content: bytes) -> Tensor:
             return torch.from_numpy(np.array(to_rgb(image))).permute(2, 0, 1).contiguous()
     except (OSError, UnidentifiedImageError, ValueError, SyntaxError) as error:
         raise DecodeError(f"not decodable as an image: {error}") from error
-
-
-def to_rgb(image: Image.Image) -> Image.Image:
-    """RGB, with white behind transparent pixels."""
-    if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
-        layered = image.convert("RGBA")
-        flat = Image.new("RGBA", layered.size, "white")
-        flat.alpha_composite(layered)
-        return flat.convert("RGB")
-    return image.convert("RGB")
 
 
 def view_image(pixels: Tensor, data: DataConfig, generator: np.random.Generator | None) -> Tensor:

@@ -123,7 +123,8 @@ def make_images(cache: Path, out: Path) -> None:
             folder.mkdir(parents=True, exist_ok=True)
             flat.convert("RGB").save(folder / f"{name}.JPEG", quality=92)
             count[label] += 1
-    print(f"images: {sum(count.values())} in {len(count)} classes")
+    # Some names occur twice in a class, and the later picture stands.
+    print(f"images: {len(list(out.rglob('*.JPEG')))} in {len(count)} classes")
 
 
 def _labelled_pictures(folders: dict[str, Path]) -> Iterator[tuple[str, str, Image.Image]]:
