@@ -1,13 +1,14 @@
 """How evenly a codebook is used, from counts summed over everything that was seen.
 
-In: counts ``(groups, codes)``. Out: numbers. The perplexity of summed counts is not the mean of batches'
-perplexities: a batch can't show more codes than it has tokens.
+In: counts ``(groups, codes)``. Out: numbers. The perplexity of summed counts is not the mean of batches' perplexities:
+a batch can't show more codes than it has tokens.
 """
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
+
+from pipeline.codebooks.health import measure_usage
 
 
 class CodeCounts:
@@ -31,23 +32,10 @@ class CodeCounts:
 
     def compute(self) -> dict[str, float]:
         """Usage and perplexity (means over groups), and the dead codes of all groups."""
+        health = measure_usage("quantizer", self.counts)
+        groups = len(health.usages)
         return {
-            "codebook_usage": float(usage_fraction(self.counts).mean()),
-            "codebook_perplexity": float(perplexity(self.counts).mean()),
-            "dead_codes": int((self.counts == 0).sum()),
+            "codebook_usage": sum(health.usages) / groups,
+            "codebook_perplexity": sum(health.perplexities) / groups,
+            "dead_codes": sum(health.unused),
         }
-
-
-def perplexity(counts: Tensor) -> Tensor:
-    """exp of the entropy in nats, per group: ``(groups, codes)`` → float64 ``(groups,)``, 1 … codes; 0 without
-    tokens.
-    """
-    counts = counts.double()
-    total = counts.sum(-1, keepdim=True)
-    entropy = -torch.special.xlogy(counts / total.clamp(min=1), counts / total.clamp(min=1)).sum(-1)
-    return torch.where(total.squeeze(-1) > 0, entropy.exp(), torch.zeros_like(entropy))
-
-
-def usage_fraction(counts: Tensor) -> Tensor:
-    """Share of codes that occur, per group: ``(groups, codes)`` → float64 ``(groups,)``."""
-    return (counts > 0).double().mean(-1)

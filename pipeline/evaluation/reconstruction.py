@@ -6,6 +6,7 @@ In: batches of originals and reconstructions in [0, 1]. Out: MSE, PSNR and SSIM 
 from __future__ import annotations
 
 from torch import Tensor
+from torchmetrics import Metric
 from torchmetrics.image import PeakSignalNoiseRatio, StructuralSimilarityIndexMeasure
 
 DATA_RANGE = 1.0
@@ -26,7 +27,7 @@ class ImageQuality:
         self._squared_error = 0.0
         self._pixels = 0
         self._psnr = PeakSignalNoiseRatio(data_range=DATA_RANGE)
-        self._ssim = StructuralSimilarityIndexMeasure(data_range=DATA_RANGE)
+        self._ssim: Metric = StructuralSimilarityIndexMeasure(data_range=DATA_RANGE)
         self._ssim_images = 0
 
     def add(self, originals: Tensor, reconstructions: Tensor) -> None:

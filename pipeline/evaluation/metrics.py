@@ -1,0 +1,142 @@
+"""`tessera evaluate`: a run's metrics over a whole split, in RUN/metrics.json.
+
+In: a run folder and, if it is not the recipe's, a data set. Out: the metrics as a dictionary. May touch:
+RUN/metrics.json, which is written beside and renamed.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Iterator
+from itertools import islice
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from pipeline.data import ImageCollation, ShardedDataset, epoch_batches, read_manifest
+from pipeline.evaluation.catalogue import present, shown
+from pipeline.evaluation.image import measure_images
+from pipeline.evaluation.speech import measure_speech
+from pipeline.training.run_folder import Run
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from recipes.schema import Recipe
+
+METRICS_FILE = "metrics.json"
+VALIDATION = "validation"
+
+
+def evaluate(
+    run_dir: str | Path,
+    data: str | Path | None = None,
+    split: str | None = None,
+    batches: int | None = None,
+    device: str | None = None,
+) -> dict[str, Any]:
+    """Measure the latest whole checkpoint of a run and write RUN/metrics.json.
+
+    ``data`` is a data set folder (the recipe's by default), ``split`` one of its splits (validation where there is
+    one, else the recipe's), ``batches`` a limit for a quick look, ``device`` "cuda" where there is one, else "cpu".
+    Each sample is seen exactly once, without augmentation.
+
+    Returned and written: what was measured (``name``, ``kind``, ``quantizer``, ``step``, ``data``, ``split``,
+    ``complete``), the metrics of :mod:`pipeline.evaluation.catalogue`, and ``code_counts`` (groups × codes). Raises
+    FileNotFoundError for a folder without a run, ValueError for data of another kind or an unknown split, and
+    CheckpointError without a checkpoint.
+    """
+    run = Run(run_dir)
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    checkpoint = run.latest_checkpoint()
+    model, recipe = run.load_model(checkpoint, device=device)
+    dataset = open_split(recipe, data, split)
+    limited = islice(ordered_batches(recipe, dataset), batches)
+    if recipe.data_kind == "speech":
+        metrics, counts = measure_speech(model, limited, recipe.model.masking.negatives, device)
+    else:
+        metrics, counts = measure_images(model, limited, device)
+    result = {
+        "name": recipe.name,
+        "kind": recipe.data_kind,
+        "quantizer": recipe.quantizer.kind,
+        "step": int(checkpoint.name.removeprefix("step-")) if checkpoint else 0,
+        "data": str(dataset.path),
+        "split": dataset.split,
+        "complete": metrics["samples"] == len(dataset),
+        **metrics,
+        "code_counts": counts,
+    }
+    write_metrics(run.path / METRICS_FILE, result)
+    return result
+
+
+def open_split(recipe: Recipe, data: str | Path | None = None, split: str | None = None) -> ShardedDataset:
+    """The split to evaluate on: the one named, else validation where there is one, else the recipe's."""
+    folder = data or recipe.data.path
+    if folder is None:
+        raise ValueError(f"recipe {recipe.name} names no data set: give one with --data")
+    manifest = read_manifest(folder)
+    if manifest.kind != recipe.data_kind:
+        raise ValueError(
+            f"{folder} holds {manifest.kind} data, the run was trained on {recipe.data_kind}: give other --data"
+        )
+    validation = manifest.splits.get(VALIDATION)
+    default = VALIDATION if validation is not None and validation.samples else recipe.data.split
+    return ShardedDataset(folder, split or default)
+
+
+def ordered_batches(recipe: Recipe, dataset: ShardedDataset) -> Iterator[Any]:
+    """Batches that hold each sample of the split once, in order, without augmentation."""
+    return epoch_batches(dataset, plain_collation(recipe), recipe.batch)
+
+
+def plain_collation(recipe: Recipe) -> Any:
+    """The recipe's collation without augmentation: what of a sample depends on nothing but the sample."""
+    from pipeline.models import build_collation
+
+    if recipe.data_kind == "image":
+        return ImageCollation(recipe.data, recipe.seed, augment=False)
+    return build_collation(recipe)
+
+
+def write_metrics(file: Path, metrics: dict[str, Any]) -> None:
+    """Write whole or not at all. What is not finite becomes null: JSON has no word for it."""
+    finite = {
+        name: None if isinstance(value, float) and not math.isfinite(value) else value
+        for name, value in metrics.items()
+    }
+    partial = file.with_suffix(f".{os.getpid()}.partial")
+    with partial.open("w") as stream:
+        json.dump(finite, stream, allow_nan=False)
+        stream.flush()
+        os.fsync(stream.fileno())
+    partial.rename(file)
+
+
+def read_metrics(run_dir: str | Path) -> dict[str, Any] | None:
+    """RUN/metrics.json, or None when the run was not evaluated yet."""
+    file = Path(run_dir) / METRICS_FILE
+    return json.loads(file.read_text()) if file.is_file() else None
+
+
+def metrics_table(metrics: dict[str, Any]) -> Table:
+    """A rich table: each metric, its value and how to read it."""
+    from rich.table import Table
+
+    scope = "" if metrics["complete"] else ", a part of it"
+    table = Table(
+        title=f"{metrics['name']} ({metrics['quantizer']}), step {metrics['step']}, {metrics['split']} split{scope}",
+        title_justify="left",
+        box=None,
+        pad_edge=False,
+    )
+    table.add_column("metric", no_wrap=True)
+    table.add_column("value", justify="right", style="bold", no_wrap=True)
+    table.add_column("meaning", style="dim")
+    for measure in present([metrics]):
+        table.add_row(measure.name, shown(measure, metrics), measure.meaning)
+    return table

@@ -1,0 +1,115 @@
+"""What goes into a quantizer and what comes out, watched while a model runs over a set.
+
+In: a quantizer, hooked for the length of a `with` block. Out: codebook, collapse and topology metrics over everything
+that went through. Changes nothing of what it watches.
+"""
+
+from __future__ import annotations
+
+import math
+from types import TracebackType
+from typing import Any
+
+import torch
+from torch import nn
+
+from pipeline.evaluation.codebook import CodeCounts
+from pipeline.evaluation.collapse import SecondMoments, codes_dimension, effective_dimension, token_concentration
+from pipeline.evaluation.topology import count_torn, grid_correlation
+
+METRIC_CODES = 65_536
+"""Codebooks larger than this are counted, but their geometry is left alone."""
+
+
+class QuantizerProbe:
+    """Collects sums over every forward of ``quantizer``.
+
+    >>> with QuantizerProbe(model.quantizer) as probe:
+    ...     model(batch)
+    >>> probe.compute()["codebook_perplexity"]
+    """
+
+    def __init__(self, quantizer: nn.Module) -> None:
+        self.quantizer: Any = quantizer
+        self.tokens = 0
+        self.counts = CodeCounts()
+        self._latents = SecondMoments()
+        self._squared_norm = 0.0
+        self._squared_error = 0.0
+        self._torn = 0
+        self._handle: Any = None
+
+    @property
+    def has_grid(self) -> bool:
+        """Whether the codes lie on a grid of one codebook, so that topology means something."""
+        return hasattr(self.quantizer, "are_neighbours") and self.quantizer.groups == 1 and self.quantizer.codes > 1
+
+    def __enter__(self) -> QuantizerProbe:
+        self._handle = self.quantizer.register_forward_hook(self._look, with_kwargs=True)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self._handle.remove()
+
+    @torch.no_grad()
+    def _look(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        latents = args[0] if args else kwargs["z"]
+        real = output.codes[..., 0] >= 0  # padding carries the code -1
+        codes, latents, vectors = output.codes[real], latents[real].float(), output.vectors[real].float()
+        if not len(codes):
+            return
+        self.tokens += len(codes)
+        if self.quantizer.codes:  # `identity` has none
+            self.counts.add(torch.stack([group.bincount(minlength=self.quantizer.codes) for group in codes.T]))
+        self._latents.add(latents)
+        self._squared_norm += float(latents.double().square().sum())
+        if vectors.shape == latents.shape:
+            self._squared_error += float((vectors.double() - latents.double()).square().sum())
+        else:  # a quantizer that projects (gumbel's logits) has no error in its input's space
+            self._squared_error = math.nan
+        if self.has_grid:
+            codebook = self.quantizer.codebook()[0]
+            self._torn += count_torn(latents, codebook, self.quantizer.are_neighbours)
+
+    def compute(self) -> dict[str, float]:
+        """Metrics by name; those that mean nothing for this quantizer are left out.
+
+        ``quantization_error`` is the mean squared distance of latents and vectors over the latents' total variance: 0
+        is lossless, 1 is what the latents' mean alone would give.
+        """
+        if not self.tokens:
+            raise ValueError("no real token went through the quantizer: there is nothing to measure")
+        covariance = self._latents.covariance()
+        metrics: dict[str, float] = {
+            "tokens": self.tokens,
+            "latent_dimension": effective_dimension(covariance),
+        }
+        if not self.quantizer.codes:
+            return metrics
+        metrics |= self.counts.compute()
+        variance = float(covariance.trace())
+        if math.isfinite(self._squared_error) and variance > 0:
+            metrics["quantization_error"] = self._squared_error / self.tokens / variance
+        if self.quantizer.codes <= METRIC_CODES:
+            metrics |= self._codebook_metrics(math.sqrt(self._squared_norm / self.tokens))
+        return metrics
+
+    def code_counts(self) -> list[list[int]]:
+        """How often each code of each group occurred; empty for a quantizer without codes."""
+        return self.counts.counts.long().tolist() if self.quantizer.codes else []
+
+    @torch.no_grad()
+    def _codebook_metrics(self, latent_rms: float) -> dict[str, float]:
+        codebooks = self.quantizer.codebook().float().cpu()
+        used = self.counts.counts > 0
+        groups = range(len(codebooks))
+        dimensions = [codes_dimension(codebooks[group], used[group]) for group in groups]
+        metrics: dict[str, float] = {"code_dimension": sum(dimensions) / len(dimensions)}
+        if len(codebooks) == 1 and math.isfinite(self._squared_error):
+            metrics["token_concentration"] = token_concentration(codebooks[0], used[0], latent_rms)
+        if self.has_grid:
+            metrics["topographic_error"] = self._torn / self.tokens
+            metrics["grid_correlation"] = grid_correlation(codebooks[0], self.quantizer.grid_distance().cpu())
+        return metrics

@@ -1,0 +1,118 @@
+"""The probe against what can be computed from latents and codes directly."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from pipeline.evaluation.probe import QuantizerProbe
+from pipeline.quantizers import build_quantizer
+
+
+def build(kind: str, **options: object) -> nn.Module:
+    torch.manual_seed(0)
+    return build_quantizer({"kind": kind, "dim": 4, "codes": 6, **options}).eval()
+
+
+def latents(*shape: int) -> Tensor:
+    return torch.randn(*shape, 4, generator=torch.Generator().manual_seed(1))
+
+
+def test_metrics_of_a_plain_codebook() -> None:
+    quantizer = build("ema")
+    z = latents(3, 50)
+    with QuantizerProbe(quantizer) as probe:
+        out = quantizer(z)
+    metrics = probe.compute()
+    counts = torch.bincount(out.codes.flatten(), minlength=6).double()[None]
+    shares = counts / 150
+    assert metrics["tokens"] == 150
+    assert metrics["codebook_perplexity"] == pytest.approx(math.exp(-float(torch.special.xlogy(shares, shares).sum())))
+    assert metrics["codebook_usage"] == pytest.approx(float((counts > 0).double().mean()))
+    assert metrics["dead_codes"] == int((counts == 0).sum())
+    nearest = quantizer.codebook()[0][out.codes[..., 0]]
+    error = (z - nearest).square().sum(-1).mean() / torch.cov(z.reshape(-1, 4).T, correction=0).trace()
+    assert metrics["quantization_error"] == pytest.approx(float(error), rel=1e-4)
+    assert metrics["latent_dimension"] == 4
+    assert "topographic_error" not in metrics
+
+
+def test_the_cut_into_batches_does_not_matter() -> None:
+    quantizer = build("ksom", grid=[3, 2])
+    z = latents(60)
+    with QuantizerProbe(quantizer) as whole:
+        quantizer(z)
+    with QuantizerProbe(quantizer) as parts:
+        for part in z.split(7):
+            quantizer(part)
+    assert parts.compute() == pytest.approx(whole.compute(), rel=1e-5, nan_ok=True)
+    assert torch.equal(parts.counts.counts, whole.counts.counts)
+
+
+def test_padding_is_not_counted() -> None:
+    quantizer = build("ema")
+    z, mask = latents(2, 10), torch.zeros(2, 10, dtype=torch.bool)
+    mask[0, :7] = mask[1, :3] = True
+    with QuantizerProbe(quantizer) as masked:
+        quantizer(z, mask=mask)
+    with QuantizerProbe(quantizer) as plain:
+        quantizer(z[mask])
+    assert masked.tokens == 10
+    assert masked.compute() == pytest.approx(plain.compute(), rel=1e-5, nan_ok=True)
+
+
+def test_an_ordered_map_has_no_topographic_error() -> None:
+    """Codes on the line y = x in grid order: the two best codes of any latent lie beside each other."""
+    quantizer = build("ksom", grid=[6])
+    line = torch.arange(6.0)[:, None].repeat(1, 4)
+    state = quantizer.state_dict()
+    for name, value in state.items():
+        if value.shape[-2:] == (6, 4):
+            state[name] = line.expand_as(value).clone()
+    quantizer.load_state_dict(state)
+    assert torch.equal(quantizer.codebook()[0], line)
+    z = torch.linspace(-0.4, 5.4, 101)[:, None].repeat(1, 4)
+    with QuantizerProbe(quantizer) as probe:
+        quantizer(z)
+    metrics = probe.compute()
+    assert metrics["topographic_error"] == 0.0
+    assert metrics["grid_correlation"] == pytest.approx(1.0)
+    assert metrics["code_dimension"] == 1
+
+
+def test_watching_changes_nothing_and_ends() -> None:
+    quantizer = build("ksom", grid=[3, 2]).train()
+    codebook = quantizer.codebook().clone()
+    with QuantizerProbe(quantizer) as probe:
+        quantizer(latents(20))
+    quantizer(latents(20))
+    assert probe.tokens == 20
+    assert torch.equal(quantizer.codebook(), codebook)
+
+
+def test_nothing_seen_is_an_error() -> None:
+    with QuantizerProbe(build("ema")) as probe:
+        pass
+    with pytest.raises(ValueError, match="no real token"):
+        probe.compute()
+
+
+@pytest.mark.parametrize("kind", ["simvq", "rotation", "ste", "gumbel"])
+def test_every_family_can_be_watched(kind: str) -> None:
+    quantizer = build(kind)
+    with QuantizerProbe(quantizer) as probe:
+        quantizer(latents(40))
+    metrics = probe.compute()
+    assert 1 <= metrics["codebook_perplexity"] <= 6
+    assert math.isfinite(metrics["latent_dimension"])
+
+
+def test_without_a_codebook_only_latents_are_measured() -> None:
+    quantizer = build_quantizer({"kind": "identity", "dim": 4})
+    with QuantizerProbe(quantizer) as probe:
+        quantizer(latents(40))
+    assert probe.compute() == {"tokens": 40, "latent_dimension": 4}
+    assert probe.code_counts() == []
