@@ -63,14 +63,14 @@ def probe_deepspeed() -> list[Finding]:
     """DeepSpeed as the trainer starts it: a process group of one rank and one all-reduce through it."""
     import torch
 
-    from pipeline import collectives
+    from pipeline.collectives import all_reduce_sum
     from pipeline.training.engine import import_deepspeed, join_process_group
 
     deepspeed = import_deepspeed()
     version = f"{deepspeed.__version__}"
     try:
         device = join_process_group(timeout_seconds=20)
-        total = collectives.all_reduce_sum(torch.ones(1, device=device))
+        total = all_reduce_sum(torch.ones(1, device=device))
     except Exception as error:
         advice = (
             f"the host name {socket.gethostname()!r} must resolve to this machine (see /etc/hosts), "

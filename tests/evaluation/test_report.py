@@ -1,0 +1,116 @@
+"""The report of real runs: one file that carries everything it shows."""
+
+from __future__ import annotations
+
+import re
+import shutil
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+
+from pipeline.evaluation import write_report
+
+VOID = {"meta", "img", "br", "hr", "link", "input"}
+ADDRESSES = {"src", "href", "xlink:href", "data", "action", "poster", "srcset"}
+
+
+class Reader(HTMLParser):
+    """Collects text, images and addresses, and checks that every element is closed."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.tags: list[str] = []
+        self.addresses: list[str] = []
+        self.words: list[str] = []
+        self.labels: list[str] = []
+        self.feed(text)
+
+    def handle_starttag(self, tag: str, attributes: list[tuple[str, str | None]]) -> None:
+        self.tags.append(tag)
+        self.addresses += [value or "" for name, value in attributes if name in ADDRESSES]
+        self.labels += [value or "" for name, value in attributes if name in ("aria-label", "alt")]
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag: str, attributes: list[tuple[str, str | None]]) -> None:
+        self.handle_starttag(tag, attributes)
+        if tag not in VOID:
+            self.open.pop()
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        self.words.append(data)
+
+
+@pytest.fixture(scope="module")
+def html(speech_run: Path, image_run: Path, tmp_path_factory: pytest.TempPathFactory) -> str:
+    out = tmp_path_factory.mktemp("report") / "both.html"
+    assert write_report([speech_run, image_run], out) == out
+    assert [path.name for path in out.parent.iterdir()] == ["both.html"]
+    return out.read_text()
+
+
+def test_the_report_needs_nothing_but_itself(html: str) -> None:
+    reader = Reader(html)
+    assert reader.open == []
+    assert reader.addresses
+    assert all(address.startswith(("data:image/png;base64,", "#")) for address in reader.addresses)
+    assert not re.search(r"https?:|file:|//cdn|@import|url\((?!#)", html)
+    assert "script" not in reader.tags
+    assert "link" not in reader.tags
+    assert len(html) < 4_000_000
+
+
+def test_the_report_shows_speech_and_images(html: str) -> None:
+    reader = Reader(html)
+    labels, words = "\n".join(reader.labels), "\n".join(reader.words)
+    for figure in (
+        "Contrastive loss",
+        "Codebook perplexity",
+        "U-matrix",
+        "How often codes occur",
+        "Codes by frequency",
+    ):
+        assert figure in labels
+    assert reader.labels.count("original") == 12
+    assert sum(label.startswith("reconstruction by ") for label in reader.labels) == 12
+    assert sum(label.startswith("spectrogram and codes of ") for label in reader.labels) == 3
+    assert any(label.startswith("map of ") for label in reader.labels)
+    for word in ("PSNR", "contrastive accuracy", "topographic error", "resumed 1 time", "4 × 3"):
+        assert word in words
+
+
+def test_one_run_writes_beside_itself(image_run: Path) -> None:
+    file = write_report(image_run)
+    assert file == image_run / "report.html"
+    assert "wav2vec2" not in file.read_text()
+
+
+def test_two_runs_of_a_kind_are_compared(image_run: Path, tmp_path: Path) -> None:
+    other = tmp_path / "again"
+    shutil.copytree(image_run, other)
+    reader = Reader(write_report([image_run, other], tmp_path / "report.html").read_text())
+    assert reader.labels.count("original") == 12
+    assert sum(label.startswith("reconstruction by ") for label in reader.labels) == 24
+    # Runs of the same recipe are told apart by their folders.
+    assert "again" in "".join(reader.words)
+    assert image_run.name in "".join(reader.words)
+
+
+def test_a_run_without_a_checkpoint_is_shown_as_far_as_it_goes(image_run: Path, tmp_path: Path) -> None:
+    young = tmp_path / "young"
+    shutil.copytree(image_run, young, ignore=shutil.ignore_patterns("checkpoints", "metrics.json"))
+    reader = Reader(write_report(young).read_text())
+    assert "no whole checkpoint" in "".join(reader.words)
+    assert "Codebook perplexity" in reader.labels
+
+
+def test_a_folder_without_a_run_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match="not a run folder"):
+        write_report(tmp_path)
+    with pytest.raises(ValueError, match="at least one run"):
+        write_report([])
