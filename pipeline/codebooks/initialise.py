@@ -4,8 +4,8 @@ In: a model and this rank's micro-batches. Out: codebooks set. May touch: the co
 
 A sample of the latents, chosen by each token's key, is gathered in the order of the keys; then every rank runs the same
 k-means on the same sample. Sums that went over the ranks in parts would round differently on another number of them,
-and k-means turns a rounding error on a border into another codebook. Recipe: random distinct latents as first centres,
-20 iterations of Lloyd (Zhao et al., arXiv 2605.06870), empty centres moved to the worst represented latents.
+and k-means turns a rounding error on a border into another codebook. Recipe: k-means++, 20 iterations of Lloyd (as many
+as Zhao et al., arXiv 2605.06870), empty centres moved to the worst represented latents.
 """
 
 from __future__ import annotations
@@ -144,11 +144,11 @@ def _collect(
 
 def cluster(latents: Tensor, codes: int, iterations: int = 20) -> tuple[Tensor, Tensor]:
     """K-means in each group: latents ``(tokens, groups, dim)`` → centres ``(groups, codes, dim)``, counts
-    ``(groups, codes)``, both fp32. Deterministic; the latents' order decides which are the first centres.
+    ``(groups, codes)``, both fp32. Deterministic.
 
     Raises ValueError when a group has fewer distinct latents than codes.
     """
-    centres = torch.stack([_first_distinct(latents[:, group], codes) for group in range(latents.shape[1])])
+    centres = torch.stack([_spread_centres(latents[:, group], codes) for group in range(latents.shape[1])])
     assigned: Tensor | None = None
     for _ in range(iterations):
         nearest = nearest_codes(latents, centres)
@@ -163,18 +163,23 @@ def cluster(latents: Tensor, codes: int, iterations: int = 20) -> tuple[Tensor, 
     return centres, count_codes(nearest_codes(latents, centres), codes)
 
 
-def _first_distinct(latents: Tensor, codes: int) -> Tensor:
-    """The first ``codes`` distinct rows of ``(tokens, dim)``."""
-    distinct, places = torch.unique(latents, dim=0, return_inverse=True)
-    if len(distinct) < codes:
-        raise ValueError(
-            f"k-means found {len(distinct)} distinct latents for {codes} codes: "
-            "bring more batches (codebooks.initialise_steps) or use fewer codes"
-        )
-    tokens = torch.arange(len(latents), device=latents.device)
-    first = torch.full((len(distinct),), len(latents), device=latents.device)
-    first = first.scatter_reduce(0, places, tokens, reduce="amin")
-    return latents[first.sort().values[:codes]].clone()
+def _spread_centres(latents: Tensor, codes: int) -> Tensor:
+    """``codes`` rows of ``(tokens, dim)``, each drawn by its squared distance to those before it (k-means++: Arthur and
+    Vassilvitskii, SODA 2007), with draws that are always the same."""
+    draws = token_keys(codes, PURPOSE).double() / 2.0**63
+    distances = torch.full((len(latents),), torch.inf, dtype=torch.float64, device=latents.device)
+    chosen = latents[:1]
+    for number in range(1, codes):
+        distances = torch.minimum(distances, (latents - chosen[-1]).double().square().sum(dim=1))
+        cumulated = distances.cumsum(dim=0)
+        if cumulated[-1] == 0:
+            raise ValueError(
+                f"k-means found {number} distinct latents for {codes} codes: "
+                "bring more batches (codebooks.initialise_steps) or use fewer codes"
+            )
+        place = torch.searchsorted(cumulated, draws[number] * cumulated[-1], right=True)
+        chosen = torch.cat([chosen, latents[place.clamp(max=len(latents) - 1)].reshape(1, -1)])
+    return chosen
 
 
 def _fill_empty(centres: Tensor, latents: Tensor, assigned: Tensor, counts: Tensor) -> None:

@@ -36,6 +36,25 @@ class QuantizerOptions(BaseModel):
         return self
 
 
+class ReplacementOptions(BaseModel):
+    """For kinds whose dead codes can be moved to where latents are (Huh et al., arXiv 2305.08842, section 4.3)."""
+
+    replace_after: int = Field(
+        0, ge=0, description="steps in a row that a code may go unused before it moves to a latent; 0: it never moves"
+    )
+    replace_noise: float = Field(
+        0.01, ge=0, description="noise on a replacement, in each feature, relative to the length of the latent"
+    )
+
+    @model_validator(mode="after")
+    def _one_step_is_too_few(self) -> Any:
+        if self.replace_after == 1:
+            raise ValueError(
+                "replace_after=1 would move every code that a single step does not use: use 0 (never) or 2 and more"
+            )
+        return self
+
+
 @dataclass
 class QuantizerOutput:
     """What one forward gives; ``...`` is the latents' leading shape."""
@@ -66,12 +85,14 @@ class Quantizer(nn.Module):
     """Base of all kinds. A kind implements :meth:`quantize`, :meth:`assign` and :meth:`codebook`, and where it keeps
     statistics of its own, :meth:`observe` and :meth:`update`.
 
-    Checkpoint behaviour: parameters and buffers are in the state dict; buffers stay fp32 through ``.half()``,
+    Checkpoint behaviour: parameters and buffers are in the state dict; both stay fp32 through ``.half()``,
     ``.bfloat16()`` and ``.to(dtype)``. Pending statistics are not in it: a checkpoint is written between steps, where
-    there are none. Learned codes are parameters; an engine may hold them in its own precision with an fp32 master copy.
+    there are none. Learned codes are parameters; an engine that puts parameters into its own precision itself, as
+    DeepSpeed's does, keeps an fp32 master copy of them: kinds read them through ``.float()``.
     """
 
     updates: Tensor
+    idle_steps: Tensor
 
     def __init__(self, config: Any, *, dim: int, codes: int, groups: int, input_dim: int | None = None) -> None:
         super().__init__()
@@ -83,8 +104,13 @@ class Quantizer(nn.Module):
         # Pending statistics are no buffers: DistributedDataParallel would overwrite those by rank 0's.
         self._shapes: dict[str, tuple[int, ...]] = {}
         self._pending: dict[str, Tensor] = {}
+        self.process_group: Any = None  # CodebookSync's; None: all ranks
         if codes:
             self.declare_statistic("usage", groups, codes)
+        self.replace_after: int = getattr(config, "replace_after", 0)
+        if self.replace_after:
+            # (groups, codes): optimiser steps since each code was last chosen
+            self.register_buffer("idle_steps", torch.zeros(groups, codes, dtype=torch.int64))
 
     # -- what a kind implements ------------------------------------------------------------------------------------
 
@@ -100,6 +126,10 @@ class Quantizer(nn.Module):
         """The effective codes: fp32 ``(groups, codes, dim // groups)``, detached; don't write into it."""
         raise NotImplementedError
 
+    def prepare(self, latents: Tensor) -> Tensor:
+        """Real latents ``(tokens, input_dim)`` as they are compared with codes: normalised, for example."""
+        return latents
+
     def observe(self, latents: Tensor, codes: Tensor) -> None:
         """Add what this kind needs for its update to the pending statistics; called in training only, without grad."""
 
@@ -110,6 +140,10 @@ class Quantizer(nn.Module):
         """Set the effective codes ``(groups, codes, dim // groups)``; ``counts (groups, codes)``: tokens of each."""
         raise ValueError(f"quantizer kind {self.config.kind} has no codes that can be set from latents")
 
+    def replace_codes(self, dead: Tensor, vectors: Tensor) -> None:
+        """Move the codes of ``dead``, bool ``(groups, codes)``, to ``vectors``, ``(groups, codes, dim // groups)``."""
+        raise ValueError(f"quantizer kind {self.config.kind} has no codes that can be replaced")
+
     # -- what everyone calls ---------------------------------------------------------------------------------------
 
     def forward(self, z: Tensor, mask: Tensor | None = None) -> QuantizerOutput:
@@ -118,11 +152,11 @@ class Quantizer(nn.Module):
         Raises ValueError, and changes nothing, for latents of another size, for a mask of another shape and for NaN or
         infinity in a real token.
         """
-        latents = self.real_latents(z, mask)
         with torch.autocast(z.device.type, enabled=False):
+            latents = self.real_latents(z, mask)
             found = self.quantize(latents)
         usage = count_codes(found.codes, self.codes)
-        if self.training and not _in_backward():
+        if self.records():
             with torch.no_grad():
                 if self.codes:
                     self.add_statistic("usage", usage)
@@ -132,10 +166,11 @@ class Quantizer(nn.Module):
         return QuantizerOutput(vectors, codes, found.losses, usage, found.metrics)
 
     @torch.no_grad()
-    def encode(self, z: Tensor) -> Tensor:
-        """Codes of ``z (..., input_dim)``: int64 ``(..., groups)``. Touches no state, in training mode or not."""
+    def encode(self, z: Tensor, mask: Tensor | None = None) -> Tensor:
+        """Codes of ``z (..., input_dim)``: int64 ``(..., groups)``, −1 where the mask is False. Touches no state, in
+        training mode or not. Raises as :meth:`forward` does."""
         with torch.autocast(z.device.type, enabled=False):
-            return self.assign(self.real_latents(z, None)).reshape(*z.shape[:-1], self.groups)
+            return _scatter(self.assign(self.real_latents(z, mask)), mask, z.shape[:-1], -1)
 
     @torch.no_grad()
     def decode(self, codes: Tensor) -> Tensor:
@@ -152,6 +187,11 @@ class Quantizer(nn.Module):
         vectors = look_up(self.codebook(), codes.reshape(-1, self.groups).clamp(min=0))
         vectors = vectors.reshape(*codes.shape[:-1], self.groups, self.code_dim) * (codes >= 0).unsqueeze(-1)
         return vectors.reshape(*codes.shape[:-1], self.dim)
+
+    def records(self) -> bool:
+        """Whether a forward now adds statistics: in training, and not while autograd runs, since a forward then is an
+        activation recomputed, seen before."""
+        return self.training and torch._C._current_graph_task_id() == -1
 
     # -- pending statistics ----------------------------------------------------------------------------------------
 
@@ -178,7 +218,10 @@ class Quantizer(nn.Module):
         shapes = [tuple(tensor.shape) for tensor in reduced]
         if shapes != list(self._shapes.values()):
             raise ValueError(f"statistics have shapes {shapes}: {list(self._shapes.values())} were declared")
-        self.update(dict(zip(self._shapes, reduced, strict=True)))
+        statistics = dict(zip(self._shapes, reduced, strict=True))
+        self.update(statistics)
+        if self.replace_after and bool(statistics["usage"].any()):
+            self.idle_steps.add_(1).masked_fill_(statistics["usage"] > 0, 0)
         self.updates += 1
         self.discard_pending()
 
@@ -189,7 +232,7 @@ class Quantizer(nn.Module):
     # -- inside ----------------------------------------------------------------------------------------------------
 
     def real_latents(self, z: Tensor, mask: Tensor | None) -> Tensor:
-        """The real tokens of ``z``: fp32 ``(tokens, input_dim)``."""
+        """The real tokens of ``z``, prepared for comparison with codes: fp32 ``(tokens, input_dim)``."""
         if not z.is_floating_point():
             raise ValueError(f"latents have dtype {z.dtype}: use a floating point dtype")
         if z.shape[-1:] != (self.input_dim,):
@@ -209,21 +252,21 @@ class Quantizer(nn.Module):
                 f"{bad} of {latents.shape[0]} latents hold NaN or infinity: look for the layer that made them, "
                 "or mask these tokens"
             )
-        return latents
+        return self.prepare(latents)
 
     def split_groups(self, latents: Tensor) -> Tensor:
         """``(tokens, dim)`` → ``(tokens, groups, code_dim)``: group g holds the channels g·code_dim … ."""
         return latents.reshape(-1, self.groups, self.code_dim)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Quantizer:
-        """Let a buffer follow to another device but never to another dtype (design rule 5)."""
-        before = dict(self._buffers)
-        super()._apply(fn, recurse)  # type: ignore[arg-type]
-        for name, buffer in before.items():
-            moved = self._buffers[name]
-            if buffer is not None and moved is not None and moved.dtype != buffer.dtype:
-                self._buffers[name] = buffer.to(moved.device)
-        return self
+        """Let state follow to another device but never to another dtype (design rule 5): steps of a moving average
+        round to nothing in bf16, and counts overflow in fp16."""
+
+        def keep_dtype(tensor: Tensor) -> Tensor:
+            moved = fn(tensor)
+            return moved if moved.dtype == tensor.dtype else tensor.to(moved.device)
+
+        return super()._apply(keep_dtype, recurse)  # type: ignore[arg-type]
 
 
 def count_codes(codes: Tensor, number: int) -> Tensor:
@@ -265,11 +308,6 @@ def straight_through(latents: Tensor, vectors: Tensor) -> Tensor:
 def mean_square(difference: Tensor) -> Tensor:
     """Mean over tokens and features; 0 with its graph intact for no tokens."""
     return difference.square().sum() / max(1, difference.numel())
-
-
-def _in_backward() -> bool:
-    """True while autograd runs: a forward then is an activation recomputed, seen before."""
-    return torch._C._current_graph_task_id() != -1
 
 
 def _scatter(rows: Tensor, mask: Tensor | None, shape: torch.Size, fill: int) -> Tensor:

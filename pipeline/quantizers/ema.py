@@ -16,6 +16,7 @@ from pipeline.quantizers.base import (
     Quantized,
     Quantizer,
     QuantizerOptions,
+    ReplacementOptions,
     look_up,
     mean_square,
     straight_through,
@@ -36,7 +37,7 @@ class MovingAverageOptions(QuantizerOptions):
     commitment: float = Field(0.25, ge=0, description="weight of the latents' pull towards their codes")
 
 
-class EMAConfig(MovingAverageOptions):
+class EMAConfig(MovingAverageOptions, ReplacementOptions):
     """EMA-VQ."""
 
     kind: Literal["ema"] = "ema"
@@ -111,3 +112,11 @@ class EMAQuantizer(Quantizer):
         if counts is not None:
             self.code_counts.copy_(counts.clamp(min=1))
         self.code_sums.copy_(self.code_vectors * self.code_counts.unsqueeze(-1))
+
+    @torch.no_grad()
+    def replace_codes(self, dead: Tensor, vectors: Tensor) -> None:
+        """A count of 1: the code is young, and its next tokens may move it far."""
+        self.code_counts.masked_fill_(dead, 1.0)
+        for state in (self.code_vectors, self.code_sums):
+            state.copy_(torch.where(dead.unsqueeze(-1), vectors, state))
+        self.idle_steps.masked_fill_(dead, 0)

@@ -5,38 +5,76 @@ In: a validated configuration or a mapping. Out: a quantizer.
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Mapping
 from typing import Annotated, Any
 
-from pydantic import BaseModel, Field
+from pydantic import BaseModel, Field, ValidationError
 
+from pipeline.quantizers.affine import AffineConfig, AffineQuantizer
 from pipeline.quantizers.base import Quantizer
 from pipeline.quantizers.ema import EMAConfig, EMAQuantizer
+from pipeline.quantizers.gumbel import GumbelConfig, GumbelQuantizer
 from pipeline.quantizers.identity import IdentityConfig, IdentityQuantizer
+from pipeline.quantizers.knn_simplex import KNNSimplexConfig, KNNSimplexQuantizer
 from pipeline.quantizers.ksom import KSOMConfig, KSOMQuantizer
+from pipeline.quantizers.ste import STEConfig, STEQuantizer
 
 KINDS: dict[str, tuple[type[BaseModel], Any]] = {
     "identity": (IdentityConfig, IdentityQuantizer),
     "ema": (EMAConfig, EMAQuantizer),
     "ksom": (KSOMConfig, KSOMQuantizer),
+    "ste": (STEConfig, STEQuantizer),
+    "affine": (AffineConfig, AffineQuantizer),
+    "knn_simplex": (KNNSimplexConfig, KNNSimplexQuantizer),
+    "gumbel": (GumbelConfig, GumbelQuantizer),
 }
 
-QuantizerConfig = Annotated[IdentityConfig | EMAConfig | KSOMConfig, Field(discriminator="kind")]
+QuantizerConfig = Annotated[
+    IdentityConfig | EMAConfig | KSOMConfig | STEConfig | AffineConfig | KNNSimplexConfig | GumbelConfig,
+    Field(discriminator="kind"),
+]
 
 
 def build_quantizer(config: QuantizerConfig | Mapping[str, Any], **extra: Any) -> Quantizer:
-    """A quantizer of ``config.kind``; ``extra`` are options that stand above those of ``config``, such as ``dim``.
+    """A quantizer of ``config.kind``; ``extra`` are options that the model supplies, such as ``dim``.
 
     >>> quantizer = build_quantizer({"kind": "ksom", "dim": 64, "codes": 512})
 
-    Raises ValueError (pydantic's ValidationError is one) for an unknown kind or option and for an impossible value.
+    Raises ValueError for an unknown kind or option, for an impossible value, for a missing ``dim``, and for an option
+    that ``config`` and ``extra`` give different values.
     """
-    options = {**(config.model_dump() if isinstance(config, BaseModel) else config), **extra}
+    options = dict(config.model_dump() if isinstance(config, BaseModel) else config)
+    for name, value in extra.items():
+        if options.get(name) not in (None, value):
+            raise ValueError(
+                f"quantizer.{name}={options[name]!r} is not the model's {value!r}: leave quantizer.{name} out, "
+                f"or use {value!r}"
+            )
+        options[name] = value
     kind = options.get("kind")
     if kind not in KINDS:
-        raise ValueError(f"quantizer.kind={kind!r} is unknown: use {', '.join(KINDS)}")
+        near = difflib.get_close_matches(str(kind), KINDS, n=1)
+        hint = f"; did you mean {near[0]}?" if near else ""
+        raise ValueError(f"quantizer.kind={kind!r} is unknown: use {', '.join(KINDS)}{hint}")
     config_class, quantizer_class = KINDS[kind]
-    validated: Any = config_class.model_validate(options)
+    try:
+        validated: Any = config_class.model_validate(options)
+    except ValidationError as error:
+        raise ValueError("; ".join(_explain(problem, config_class) for problem in error.errors())) from error
     if validated.dim is None:
         raise ValueError(f"quantizer.dim is missing: a {kind} quantizer needs the size of its vectors, such as dim=64")
     return quantizer_class(validated)
+
+
+def _explain(problem: Any, config_class: type[BaseModel]) -> str:
+    """One clause for one of pydantic's problems: key, value, what would do."""
+    key = ".".join(["quantizer", *map(str, problem["loc"])])
+    if problem["type"] == "extra_forbidden":
+        known = list(config_class.model_fields)
+        near = difflib.get_close_matches(str(problem["loc"][-1]), known, n=1)
+        hint = f"did you mean {near[0]}? " if near else ""
+        return f"{key}={problem['input']!r}: unknown option; {hint}known here: {', '.join(known)}"
+    if problem["type"] == "value_error":
+        return f"{key}: {problem['ctx']['error']}"
+    return f"{key}={problem['input']!r}: {problem['msg'][0].lower()}{problem['msg'][1:]}"

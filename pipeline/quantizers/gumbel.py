@@ -1,0 +1,108 @@
+"""The product quantizer of wav2vec 2.0: hard Gumbel softmax over several codebooks, with the diversity loss.
+
+Baevski et al., arXiv 2006.11477, in the form fairseq trains (its diversity loss is one of perplexities, the paper's is
+one of entropies). In: latents. Out: one code of each group, joined. State: a linear head and codes, parameters; the
+temperature falls with the number of optimiser steps.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import torch
+from pydantic import Field, model_validator
+from torch import Tensor, nn
+from torch.nn import functional
+
+from pipeline.quantizers.base import Quantized, Quantizer, QuantizerOptions, look_up
+from pipeline.quantizers.search import highest_scores
+
+
+class GumbelConfig(QuantizerOptions):
+    """wav2vec 2.0's quantizer; its published size is groups=2, codes=320."""
+
+    kind: Literal["gumbel"] = "gumbel"
+    codes: int = Field(320, ge=2, description="codes in each group's codebook")
+    groups: int = Field(2, ge=1, description="codebooks that a vector is joined from")
+    input_dim: int | None = Field(None, ge=1, description="size of a latent; none: dim")
+    temperature: tuple[float, float, float] = Field(
+        (2.0, 0.5, 0.999995), description="at the start, at the end, and the factor of each optimiser step"
+    )
+    diversity_weight: float = Field(0.1, ge=0, description="weight of the loss that asks for even use of codes")
+
+    @model_validator(mode="after")
+    def _temperature_falls(self) -> Any:
+        start, end, factor = self.temperature
+        if not (start >= end > 0 and 0 < factor <= 1):
+            raise ValueError(
+                f"temperature={list(self.temperature)} does not fall: use [start, end, factor] with start ≥ end > 0 "
+                "and a factor above 0, at most 1, such as [2.0, 0.5, 0.999995]"
+            )
+        return self
+
+
+class GumbelQuantizer(Quantizer):
+    """``loss = diversity_weight · (G·V − Σ_g exp H(p̄_g)) / (G·V)``, p̄ the mean softmax over a micro-batch's tokens."""
+
+    config: GumbelConfig
+
+    def __init__(self, config: GumbelConfig) -> None:
+        assert config.dim is not None
+        input_dim = config.input_dim or config.dim
+        super().__init__(config, dim=config.dim, codes=config.codes, groups=config.groups, input_dim=input_dim)
+        self.head = nn.Linear(input_dim, self.groups * self.codes, dtype=torch.float32)
+        nn.init.normal_(self.head.weight)
+        nn.init.zeros_(self.head.bias)
+        self.code_vectors = nn.Parameter(torch.rand(self.groups, self.codes, self.code_dim, dtype=torch.float32))
+
+    def temperature(self) -> Tensor:
+        """Of the next forward: fp32 scalar, max(start · factor^steps, end)."""
+        start, end, factor = self.config.temperature
+        # float64 on the device: no wait for a GPU, and 0.999995 to the power of a million steps keeps its digits.
+        return (start * torch.pow(factor, self.updates.double())).clamp(min=end).float()
+
+    def codebook(self) -> Tensor:
+        return self.code_vectors.detach().float()
+
+    def quantize(self, latents: Tensor) -> Quantized:
+        logits = functional.linear(latents, self.head.weight.float(), self.head.bias.float())
+        logits = logits.reshape(-1, self.groups, self.codes)
+        codebook = self.code_vectors.float()
+        temperature = self.temperature()
+        if self.training:
+            soft = functional.softmax((logits + gumbel_noise(logits)) / temperature, dim=-1)
+            codes = soft.argmax(dim=-1)
+            # The value of the chosen codes, bit for bit; codes learn by their tokens, logits as if p·C had been taken.
+            through_logits = torch.einsum("tgk,gkd->tgd", soft - soft.detach(), codebook.detach())
+            vectors = look_up(codebook, codes) + through_logits
+        else:
+            codes = self.assign(latents)
+            vectors = look_up(codebook, codes)
+        perplexities = perplexity_of_mean(functional.softmax(logits, dim=-1))
+        places = self.groups * self.codes
+        if len(latents):
+            diversity = (places - perplexities.sum()) / places
+        else:
+            diversity = logits.sum()  # 0, with its graph intact
+        metrics = {"temperature": temperature, "prob_perplexity": perplexities.detach().mean()}
+        losses = {"diversity": self.config.diversity_weight * diversity}
+        return Quantized(vectors.reshape(-1, self.dim), codes, losses, metrics)
+
+    def assign(self, latents: Tensor) -> Tensor:
+        weights = self.head.weight.float().reshape(self.groups, self.codes, self.input_dim)
+        biases = self.head.bias.float().reshape(self.groups, self.codes)
+        return torch.stack([highest_scores(latents, *head) for head in zip(weights, biases, strict=True)], dim=1)
+
+
+def gumbel_noise(like: Tensor) -> Tensor:
+    """Standard Gumbel noise from torch's generator, of the shape of ``like``."""
+    return -torch.empty_like(like).exponential_().log()
+
+
+def perplexity_of_mean(probabilities: Tensor) -> Tensor:
+    """exp of the entropy in nats of the mean over tokens: ``(tokens, groups, codes)`` → ``(groups,)``.
+
+    fairseq's 1e-7 keeps log(0) out.
+    """
+    mean = probabilities.sum(dim=0) / max(1, len(probabilities))
+    return torch.exp(-(mean * torch.log(mean + 1e-7)).sum(dim=-1))
