@@ -24,6 +24,8 @@ class QuantizerHealth:
     """exp of the entropy in nats of the chosen codes: the number of codes in even use; 0 without tokens."""
     unused: list[int]
     """Codes that no token chose."""
+    replaced: int = 0
+    """Codes that moved to a latent after this step, in all groups."""
 
 
 @dataclass(frozen=True)
@@ -33,13 +35,19 @@ class CodebookHealth:
     quantizers: list[QuantizerHealth]
 
     def summary(self) -> dict[str, float]:
-        """``codebook_usage`` and ``codebook_perplexity``: means over quantizers and groups; with several quantizers
-        also each one's, as ``codebook_usage/<name>``. Empty for a model without codebooks."""
+        """``codebook_usage`` and ``codebook_perplexity``: means over quantizers and groups; ``codebook_unused`` and
+        ``codebook_replaced``: codes of all quantizers and groups. With several quantizers also each one's, as
+        ``codebook_usage/<name>``. Empty for a model without codebooks."""
         if not self.quantizers:
             return {}
         usages = [usage for health in self.quantizers for usage in health.usages]
         perplexities = [perplexity for health in self.quantizers for perplexity in health.perplexities]
-        values = {"codebook_usage": _mean(usages), "codebook_perplexity": _mean(perplexities)}
+        values = {
+            "codebook_usage": _mean(usages),
+            "codebook_perplexity": _mean(perplexities),
+            "codebook_unused": float(sum(sum(health.unused) for health in self.quantizers)),
+            "codebook_replaced": float(sum(health.replaced for health in self.quantizers)),
+        }
         if len(self.quantizers) > 1:
             for health in self.quantizers:
                 values[f"codebook_usage/{health.name}"] = _mean(health.usages)
@@ -47,7 +55,7 @@ class CodebookHealth:
         return values
 
 
-def measure_usage(name: str, counts: Tensor) -> QuantizerHealth:
+def measure_usage(name: str, counts: Tensor, replaced: int = 0) -> QuantizerHealth:
     """Health from ``counts (groups, codes)``, summed over ranks."""
     counts = counts.double().cpu()
     tokens = counts.sum(dim=1, keepdim=True)
@@ -60,6 +68,7 @@ def measure_usage(name: str, counts: Tensor) -> QuantizerHealth:
         usages=(counts > 0).double().mean(dim=1).tolist(),
         perplexities=perplexities.tolist(),
         unused=(counts == 0).sum(dim=1).tolist(),
+        replaced=replaced,
     )
 
 

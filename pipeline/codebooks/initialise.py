@@ -18,52 +18,12 @@ import torch
 from torch import Tensor, nn
 
 from pipeline import collectives
+from pipeline.codebooks.sample import LatentSample
 from pipeline.quantizers.base import Quantizer, count_codes, look_up, sum_by_code
 from pipeline.quantizers.keys import token_keys
 from pipeline.quantizers.search import nearest_codes
 
 PURPOSE = 1  # first part of the tokens' keys here
-
-
-class LatentSample:
-    """Keeps the ``size`` latents with the smallest keys of all that are added; the order of adding plays no part."""
-
-    def __init__(self, size: int) -> None:
-        self.size = size
-        self._keys: list[Tensor] = []
-        self._latents: list[Tensor] = []
-        self._held = 0
-
-    def add(self, latents: Tensor, number: int) -> None:
-        """Add the real latents ``(tokens, dim)`` of micro-batch ``number``."""
-        self._keys.append(token_keys(len(latents), PURPOSE, number, device=latents.device))
-        self._latents.append(latents.detach().float())
-        self._held += len(latents)
-        if self._held > 2 * self.size:
-            self._shrink()
-
-    def gather(self, device: torch.device, dim: int, group: Any = None) -> Tensor:
-        """The sample over all ranks, by key: fp32 ``(at most size, dim)``, the same on every rank."""
-        self._keys.append(torch.empty(0, dtype=torch.int64, device=device))
-        self._latents.append(torch.empty(0, dim, device=device))
-        self._shrink()
-        keys, latents = self._keys[0], self._latents[0]
-        longest = int(collectives.all_reduce_max(torch.tensor([len(keys)], device=device), group))
-        padding = longest - len(keys)
-        # no real key reaches the largest integer: padding sorts to the end
-        keys = torch.cat([keys, keys.new_full((padding,), torch.iinfo(torch.int64).max)])
-        latents = torch.cat([latents, latents.new_zeros(padding, dim)])
-        all_keys = collectives.all_gather(keys, group).reshape(-1)
-        all_latents = collectives.all_gather(latents, group).reshape(-1, dim)
-        all_keys, order = all_keys.sort(stable=True)
-        order = order[all_keys < torch.iinfo(torch.int64).max][: self.size]
-        return all_latents[order]
-
-    def _shrink(self) -> None:
-        keys, latents = torch.cat(self._keys), torch.cat(self._latents)
-        keys, order = keys.sort(stable=True)
-        self._keys, self._latents = [keys[: self.size]], [latents[order[: self.size]]]
-        self._held = len(self._keys[0])
 
 
 @torch.no_grad()
@@ -95,13 +55,14 @@ def initialise_codebooks(
                 f"quantizer {name or model.__class__.__name__} of kind {quantizer.config.kind} has no codes that "
                 f"k-means can set: use no initialisation, or a kind that looks for the nearest code"
             )
-    samples = {name: LatentSample(samples_per_code * quantizer.codes) for name, quantizer in quantizers.items()}
+    samples = {
+        name: LatentSample(samples_per_code * quantizer.codes, PURPOSE) for name, quantizer in quantizers.items()
+    }
     _collect(model, batches, quantizers, samples, process_group)
 
     found = {}
     for name, quantizer in quantizers.items():
-        device = quantizer.updates.device
-        latents = samples[name].gather(device, quantizer.input_dim, process_group)
+        latents = samples[name].gather(quantizer.input_dim, quantizer.updates.device, process_group)
         found[name] = cluster(quantizer.split_groups(latents), quantizer.codes, iterations)
     for name, quantizer in quantizers.items():
         quantizer.set_codebook(*found[name])

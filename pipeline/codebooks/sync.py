@@ -14,16 +14,22 @@ from torch import Tensor, nn
 
 from pipeline import collectives
 from pipeline.codebooks.health import CodebookHealth, measure_usage
+from pipeline.codebooks.replacement import Replacement
 from pipeline.quantizers.base import Quantizer
 
 
 class CodebookSync:
     """Finds every quantizer of ``model``, by its name in the model; a quantizer that is used twice counts once.
 
+    Every rank makes it and starts with rank 0's codebooks. ``optimizer`` is the plain torch optimiser of learned codes,
+    if there is one, whose moments of replaced codes are forgotten; DeepSpeed's is found from the parameters.
+
     Raises RuntimeError on every rank when the ranks' models differ in their quantizers.
     """
 
-    def __init__(self, model: nn.Module, process_group: Any = None) -> None:
+    def __init__(
+        self, model: nn.Module, process_group: Any = None, optimizer: torch.optim.Optimizer | None = None
+    ) -> None:
         self.process_group = process_group
         self.quantizers = {name: module for name, module in model.named_modules() if isinstance(module, Quantizer)}
         layout = "; ".join(
@@ -31,26 +37,38 @@ class CodebookSync:
             for name, module in self.quantizers.items()
         )
         collectives.check_same(layout, "the models' quantizers", process_group)
+        for quantizer in self.quantizers.values():
+            quantizer.process_group = process_group
+            for tensor in quantizer.state_dict().values():
+                collectives.broadcast(tensor, 0, process_group)
+        self.replacement = Replacement(self.quantizers, process_group, optimizer)
 
     @torch.no_grad()
     def step(self) -> CodebookHealth:
         """Reduce the pending statistics of all quantizers in one all-reduce and let each apply its update.
 
-        Called by every rank once an optimiser step, after the optimiser's own step.
+        Called by every rank once an optimiser step, after the optimiser's own step. A step in which codes are replaced
+        needs one collective more.
         """
         pending = {name: quantizer.pending() for name, quantizer in self.quantizers.items()}
         tensors = [tensor for of_quantizer in pending.values() for tensor in of_quantizer]
+        reduced = {}
         if tensors:
             flat = torch.cat([tensor.reshape(-1) for tensor in tensors])
             collectives.all_reduce_sum(flat, self.process_group)
             parts = iter(flat.split([tensor.numel() for tensor in tensors]))
-        health = []
+            for name, of_quantizer in pending.items():
+                reduced[name] = [next(parts).reshape(tensor.shape) for tensor in of_quantizer]
         for name, quantizer in self.quantizers.items():
-            reduced = [next(parts).reshape(tensor.shape) for tensor in pending[name]]
-            quantizer.apply_update(reduced)
-            if quantizer.codes:
-                health.append(measure_usage(name or "quantizer", reduced[0]))  # the first statistic is the usage
-        return CodebookHealth(health)
+            quantizer.apply_update(reduced.get(name, []))
+        replaced = self.replacement.step()
+        return CodebookHealth(
+            [
+                measure_usage(name or "quantizer", reduced[name][0], replaced.get(name, 0))  # the first is the usage
+                for name, quantizer in self.quantizers.items()
+                if quantizer.codes
+            ]
+        )
 
     def checksum(self) -> str:
         """64 bits of sha256 over every quantizer's state dict, in hexadecimal."""

@@ -179,5 +179,3 @@ class KNNSimplexQuantizer(Quantizer):
                 weights[group, :, group] = codebook[group]
             self.head.weight.copy_(weights.reshape(-1, self.dim))
             self.head.bias.copy_(-codebook.square().sum(dim=-1).reshape(-1) / 2)
-
-
