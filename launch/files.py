@@ -48,7 +48,7 @@ def deepspeed_command(
     return [
         *("deepspeed", "--hostfile", str(hostfile), "--num_nodes", str(nodes), "--num_gpus", str(ranks_per_node)),
         *("--master_port", str(MASTER_PORT), "--module", "pipeline.training"),
-        *(recipe, *overrides, "--run", str(run)),
+        *(recipe, *overrides, "--run-dir", str(run)),
     ]
 
 
@@ -56,7 +56,7 @@ def sbatch_script(
     name: str, recipe: str, overrides: Sequence[str], run: Path, nodes: int, ranks_per_node: int, time_limit: str
 ) -> str:
     """A Slurm job: one torchrun a node, requeued by Slurm when a node fails; each start resumes from the run folder."""
-    arguments = shlex.join([recipe, *overrides, "--run", str(run)])
+    arguments = shlex.join([recipe, *overrides, "--run-dir", str(run)])
     return f"""#!/bin/bash
 #SBATCH --job-name={name}
 #SBATCH --nodes={nodes}

@@ -103,7 +103,10 @@ class Follow:
                 self._progress.update(self._task, completed=line["step"], state=describe_line(line))
                 done = line["step"] >= self._steps
                 if not self._console.is_terminal and (done or time.monotonic() - said >= SECONDS_BETWEEN_LINES):
-                    self._console.print(f"  {self._title}: step {line['step']}/{self._steps}  {describe_line(line)}")
+                    state = describe_line(line)
+                    self._console.print(
+                        f"  {self._title}: step {line['step']}/{self._steps}  {state}", soft_wrap=True, highlight=False
+                    )
                     said = time.monotonic()
             if last_round:
                 return

@@ -15,8 +15,12 @@ from pathlib import Path
 def rank_environment(ranks: int) -> dict[str, str]:
     """Environment of the ranks of one node: the cores are shared out, unless OMP_NUM_THREADS says otherwise."""
     threads = max(1, (os.cpu_count() or 1) // ranks)
-    # MKL and oneDNN read OMP_NUM_THREADS too. Without it every rank takes all cores and they wait for one another.
-    return {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(threads))}
+    return {
+        # MKL and oneDNN read it too. Without it every rank takes all cores and they wait for one another.
+        "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(threads)),
+        # gloo announces each connection as a warning.
+        "TORCH_CPP_LOG_LEVEL": os.environ.get("TORCH_CPP_LOG_LEVEL", "ERROR"),
+    }
 
 
 def local_command(recipe: str, overrides: Sequence[str], run: Path, ranks: int) -> list[str]:
@@ -24,7 +28,7 @@ def local_command(recipe: str, overrides: Sequence[str], run: Path, ranks: int) 
     return [
         sys.executable,
         *("-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}", "--max-restarts=0"),
-        *("-m", "pipeline.training", recipe, *overrides, "--run", str(run)),
+        *("-m", "pipeline.training", recipe, *overrides, "--run-dir", str(run)),
     ]
 
 

@@ -13,8 +13,6 @@ import subprocess
 from collections.abc import Sequence
 from pathlib import Path
 
-from rich.console import Console
-
 from launch import files, local
 
 
@@ -27,7 +25,7 @@ def start_locally(recipe_name: str, overrides: Sequence[str], run: Path, ranks: 
     with Follow(run, recipe.training.steps, recipe.name):
         code = local.train_locally(recipe_name, overrides, run, ranks)
     if code == 0:
-        Console().print(f"trained into {run}; next: tessera evaluate {run}   tessera report {run}")
+        print(f"trained into {run}; next: tessera evaluate {run}, tessera report {run}")
     return code
 
 
@@ -94,10 +92,9 @@ def _start_on_ray(recipe, run: Path, ranks: int, failures: int, ray_address: str
             f"Ray Train on {where}: {ranks} workers, up to {failures} restarts, recipe {recipe.name}, run folder {run}"
         )
         return 0
-    from pipeline.ray_session import ray_session
-
     from launch.follow import Follow
     from launch.ray_train import train_on_ray
+    from pipeline.ray_session import ray_session
 
     run.mkdir(parents=True, exist_ok=True)
     recipe_file = run / "launched.yaml"

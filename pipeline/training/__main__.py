@@ -1,4 +1,4 @@
-"""`python -m pipeline.training RECIPE [key=value …] --run DIR`: one rank.
+"""`python -m pipeline.training RECIPE [key=value …] --run-dir DIR`: one rank.
 
 What torchrun, `accelerate launch -m`, DeepSpeed's runner and Slurm's srun start on each rank.
 """
@@ -14,7 +14,8 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m pipeline.training", description=__doc__)
     parser.add_argument("recipe", help="a recipe file or the name of a bundled recipe")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="dotted overrides")
-    parser.add_argument("--run", required=True, help="run folder; training starts where it left off")
+    # torchrun takes --run for an abbreviation of its own --run-path, even behind the module's name.
+    parser.add_argument("--run-dir", required=True, help="run folder; training starts where it left off")
     arguments, unknown = parser.parse_known_args()
     # DeepSpeed's runner appends --local_rank=N; the same number is in the environment.
     rest = [argument for argument in unknown if not argument.startswith("--local_rank")]
@@ -26,7 +27,7 @@ def main() -> int:
     from recipes.schema import RecipeError, load_recipe
 
     try:
-        train(load_recipe(arguments.recipe, arguments.overrides), arguments.run)
+        train(load_recipe(arguments.recipe, arguments.overrides), arguments.run_dir)
     except RecipeError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

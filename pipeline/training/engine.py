@@ -19,6 +19,10 @@ if TYPE_CHECKING:
     from deepspeed import DeepSpeedEngine
 
 
+LARGEST_BUCKET = 2**27
+"""Parameters that one collective carries; 512 MB of fp32."""
+
+
 def import_deepspeed() -> Any:
     """Import DeepSpeed for the device this machine has, quietly and without compiling extensions."""
     if not torch.cuda.is_available():
@@ -61,14 +65,21 @@ def join_process_group(timeout_seconds: int) -> torch.device:
     return device
 
 
-def engine_settings(config: EngineConfig, accumulation: int) -> dict[str, Any]:
-    """DeepSpeed's configuration for ``accumulation`` micro-batches a step and rank."""
+def engine_settings(config: EngineConfig, accumulation: int, parameters: int) -> dict[str, Any]:
+    """DeepSpeed's configuration for ``accumulation`` micro-batches a step and rank of a model of so many parameters."""
+    # DeepSpeed allocates whole buckets anew each step, by default of 2 GB: more than a small model needs.
+    bucket = min(LARGEST_BUCKET, 1 << parameters.bit_length())
     return {
         # Micro-batches vary in size; the loop normalises losses itself (design rule 3), so DeepSpeed only counts them.
         "train_micro_batch_size_per_gpu": 1,
         "gradient_accumulation_steps": accumulation,
         "gradient_clipping": config.gradient_clipping,
-        "zero_optimization": {"stage": config.zero_stage, "overlap_comm": False},
+        "zero_optimization": {
+            "stage": config.zero_stage,
+            "overlap_comm": False,
+            "reduce_bucket_size": bucket,
+            "allgather_bucket_size": bucket,
+        },
         "zero_allow_untested_optimizer": True,
         "bf16": {"enabled": config.precision == "bf16"},
         "steps_per_print": 2**31,
@@ -81,9 +92,9 @@ def build_engine(
 ) -> DeepSpeedEngine:
     """Wrap the model for training. Needs the process group."""
     deepspeed = import_deepspeed()
-    engine, *_ = deepspeed.initialize(
-        model=model, optimizer=optimizer, config=engine_settings(config, accumulation), dist_init_required=False
-    )
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    settings = engine_settings(config, accumulation, parameters)
+    engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=settings, dist_init_required=False)
     return engine
 
 

@@ -77,7 +77,7 @@ def test_every_command_has_help(command):
                 "--ranks-per-node",
                 "4",
             ],
-            "batch.micro_batches=6 can't be shared by 4 ranks: use batch.micro_batches=4, 8 or 12, or 1, 2, 3 or 6 ranks",
+            "can't be shared by 4 ranks: use batch.micro_batches=4, 8 or 12, or 1, 2, 3 or 6 ranks",
         ),
         (["inspect", "nowhere"], "nowhere does not exist"),
         (["evaluate", "nowhere"], "nowhere is no run folder"),

@@ -21,7 +21,7 @@ def test_sbatch_script_is_bash_and_carries_every_argument(tmp_path):
     assert "#SBATCH --gpus-per-node=4" in directives
     assert "#SBATCH --time=12:00:00" in directives
     command = script[script.index("-m pipeline.training") :]
-    assert shlex.split(command)[2:] == ["speech/wav2vec2_tiny_knn", *OVERRIDES, "--run", str(tmp_path / "run")]
+    assert shlex.split(command)[2:] == ["speech/wav2vec2_tiny_knn", *OVERRIDES, "--run-dir", str(tmp_path / "run")]
 
 
 def test_ray_job_runs_the_same_launch_on_its_cluster(tmp_path):

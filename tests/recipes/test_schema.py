@@ -99,13 +99,13 @@ def test_ranks_must_divide_the_micro_batches():
 
 
 def test_data_sets_are_checked_before_anything_starts(tmp_path, speech_dataset, image_dataset):
-    with pytest.raises(RecipeError, match="data[.]path is missing"):
+    with pytest.raises(RecipeError, match=r"data\.path is missing"):
         load_recipe(IMAGE).check_data()
     with pytest.raises(RecipeError, match="tessera prepare"):
         load_recipe(IMAGE, {"data.path": str(tmp_path)}).check_data()
-    with pytest.raises(RecipeError, match="holds speech data, model[.]kind=autoencoder reads image data"):
+    with pytest.raises(RecipeError, match=r"holds speech data, model\.kind=autoencoder reads image data"):
         load_recipe(IMAGE, {"data.path": str(speech_dataset)}).check_data()
-    with pytest.raises(RecipeError, match="data[.]split=test is not in"):
+    with pytest.raises(RecipeError, match=r"data\.split=test is not in"):
         load_recipe(IMAGE, {"data.path": str(image_dataset), "data.split": "test"}).check_data()
     load_recipe(IMAGE, {"data.path": str(image_dataset)}).check_data()
 

@@ -1,0 +1,29 @@
+"""What every model gives for a micro-batch.
+
+Losses are sums, so that micro-batches of any size and on any rank add up to the loss of the joint batch; the trainer
+divides by the step's global number of targets (design rule 3).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from pipeline.quantizers import QuantizerOutput
+
+
+@dataclass
+class StepOutput:
+    """The result of one forward in training."""
+
+    losses: dict[str, Tensor]
+    """Name → scalar, each summed over the micro-batch's targets."""
+    metrics: dict[str, tuple[Tensor, Tensor]]
+    """Name → (numerator, denominator), detached sums whose ratio over all micro-batches is the metric."""
+    quantizer: QuantizerOutput
+
+
+def quantizer_losses(output: QuantizerOutput, targets: int) -> dict[str, Tensor]:
+    """The quantizer's losses, means over real tokens, as sums over ``targets``."""
+    return {f"quantizer_{name}": loss * targets for name, loss in output.losses.items()}
