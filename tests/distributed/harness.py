@@ -1,126 +1,119 @@
-"""Real ranks for tests: processes that form a gloo group on this machine.
+"""Runs a function on several real processes that form a gloo process group.
 
-In: a function of a module, the number of ranks, its arguments. Out: what it returned on each rank. Processes never
-outlive the call.
+In: a module-level function and its arguments. Out: each rank's result. Leaves no process behind: when a rank fails,
+dies or is late, all are killed and the caller gets the rank's own traceback.
 """
 
 from __future__ import annotations
 
+import io
 import multiprocessing
 import os
-import socket
+import tempfile
 import time
 import traceback
 from collections.abc import Callable
 from datetime import timedelta
 from multiprocessing.connection import Connection, wait
+from pathlib import Path
 from typing import Any
 
+import torch
+import torch.distributed
 
-class RankError(AssertionError):
-    """A rank raised or vanished; the message holds its traceback."""
+ENVIRONMENT = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
+if Path("/sys/class/net/lo").exists():
+    ENVIRONMENT["GLOO_SOCKET_IFNAME"] = "lo"  # a machine's own name may not resolve
+
+
+class RankFailure(RuntimeError):
+    """A rank raised, died or did not finish in time; the message says which and holds its traceback."""
 
 
 def run_ranks(function: Callable[..., Any], world_size: int, *args: Any, timeout: float = 120) -> list[Any]:
-    """Call ``function(*args)`` on ``world_size`` ranks of a gloo group and return their results, by rank.
+    """``function(*args)`` on ``world_size`` ranks; results by rank. Raises :class:`RankFailure`.
 
-    ``function`` stands at the top of a module, arguments and results can be pickled; ``pipeline.collectives`` knows the
-    rank. Raises :class:`RankError` with the first failing rank's traceback, and after ``timeout`` seconds.
+    The ranks meet through a file and pick free ports themselves. They see RANK, WORLD_SIZE and LOCAL_RANK.
     """
-    # A server that has loaded torch once forks the ranks: they start in milliseconds, and inherit nothing of the tests.
+    # A server that has imported torch once forks the ranks: they start in a fraction of the seconds an import takes,
+    # and none inherits anything of the test's own process.
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["torch", "torch.distributed", "pipeline.codebooks"])
-    port = _free_port()
-    ranks, readers = [], {}
-    for rank in range(world_size):
-        reader, writer = context.Pipe(duplex=False)
-        rank_process = context.Process(
-            target=_run_rank, args=(writer, function, rank, world_size, port, timeout, args), daemon=True
-        )
-        ranks.append(rank_process)
-        readers[reader] = rank
-    try:
-        for rank_process in ranks:
-            rank_process.start()
-        return _collect(ranks, readers, time.monotonic() + timeout, timeout)
-    finally:
-        for rank_process in ranks:
-            if rank_process.is_alive():
-                rank_process.kill()
-            if rank_process.pid is not None:
-                rank_process.join()
-
-
-def _collect(ranks: list[Any], readers: dict[Connection, int], deadline: float, timeout: float) -> list[Any]:
+    context.set_forkserver_preload(["torch", "torch.distributed", __name__])
     results: dict[int, Any] = {}
-    while len(results) < len(ranks):
-        waiting = [reader for reader, rank in readers.items() if rank not in results]
-        sentinels = [rank_process.sentinel for rank, rank_process in enumerate(ranks) if rank not in results]
-        ready = wait([*waiting, *sentinels], timeout=max(0.0, deadline - time.monotonic()))
-        if not ready:
-            missing = [rank for rank in range(len(ranks)) if rank not in results]
-            raise RankError(f"ranks {missing} of {len(ranks)} did not end within {timeout} s")
-        for reader in waiting:
-            rank = readers[reader]
-            if not reader.poll():
-                if ranks[rank].sentinel in ready and not reader.poll():
-                    raise RankError(f"rank {rank} of {len(ranks)} died with exit code {ranks[rank].exitcode}")
-                continue
-            try:
-                succeeded, value = reader.recv()
-            except EOFError:
-                ranks[rank].join(1)
-                raise RankError(f"rank {rank} of {len(ranks)} died with exit code {ranks[rank].exitcode}") from None
-            if not succeeded:
-                raise RankError(f"rank {rank} of {len(ranks)} raised:\n{value}")
-            results[rank] = value
-    return [results[rank] for rank in range(len(ranks))]
+    with tempfile.TemporaryDirectory() as folder:
+        processes, connections = [], {}
+        before = {name: os.environ.get(name) for name in ENVIRONMENT}
+        os.environ.update(ENVIRONMENT)
+        try:
+            for rank in range(world_size):
+                ours, theirs = context.Pipe(duplex=False)
+                process = context.Process(
+                    target=_run_rank, args=(theirs, function, args, rank, world_size, f"{folder}/store", timeout)
+                )
+                process.start()
+                theirs.close()
+                processes.append(process)
+                connections[ours] = rank
+            deadline = time.monotonic() + timeout
+            while len(results) < world_size:
+                ready = wait(list(connections), timeout=max(0.0, deadline - time.monotonic()))
+                if not ready:
+                    late = sorted(set(range(world_size)) - results.keys())
+                    raise RankFailure(f"ranks {late} of {world_size} did not finish in {timeout} s")
+                for connection in ready:
+                    assert isinstance(connection, Connection)
+                    rank = connections.pop(connection)
+                    results[rank] = _receive(connection, rank, processes[rank])
+            for process in processes:
+                process.join(timeout=max(1.0, deadline - time.monotonic()))
+        finally:
+            for name, value in before.items():
+                if value is None:
+                    del os.environ[name]
+                else:
+                    os.environ[name] = value
+            for process in processes:
+                process.kill()
+                process.join()
+    return [results[rank] for rank in range(world_size)]
+
+
+def _receive(connection: Connection, rank: int, process: Any) -> Any:
+    try:
+        succeeded, content = connection.recv()
+    except EOFError:
+        process.join(5)
+        raise RankFailure(f"rank {rank} died with exit code {process.exitcode}") from None
+    if not succeeded:
+        raise RankFailure(f"rank {rank} raised:\n{content}")
+    return torch.load(io.BytesIO(content), weights_only=False)
 
 
 def _run_rank(
-    writer: Connection,
+    connection: Connection,
     function: Callable[..., Any],
+    args: tuple[Any, ...],
     rank: int,
     world_size: int,
-    port: int,
+    store: str,
     timeout: float,
-    args: tuple[Any, ...],
 ) -> None:
-    os.environ.update(
-        {
-            "OMP_NUM_THREADS": "1",
-            "RANK": str(rank),
-            "LOCAL_RANK": str(rank),
-            "WORLD_SIZE": str(world_size),
-            "MASTER_ADDR": "127.0.0.1",
-            "MASTER_PORT": str(port),
-        }
-    )
+    os.environ.update(RANK=str(rank), WORLD_SIZE=str(world_size), LOCAL_RANK=str(rank))
+    torch.set_num_threads(1)
     try:
-        import torch
-        from torch import distributed
-
-        torch.set_num_threads(1)
-        distributed.init_process_group(
+        torch.distributed.init_process_group(
             "gloo",
-            init_method=f"tcp://127.0.0.1:{port}",
+            init_method=f"file://{store}",
             rank=rank,
             world_size=world_size,
             timeout=timedelta(seconds=timeout),
         )
         result = function(*args)
-        # a rank that leaves early takes the store along, while others may still be in a collective
-        distributed.barrier()
-        distributed.destroy_process_group()
-        writer.send((True, result))
+        # Bytes instead of tensors: those would be passed as shared memory, which ends with this process.
+        buffer = io.BytesIO()
+        torch.save(result, buffer)
+        torch.distributed.barrier()
+        connection.send((True, buffer.getvalue()))
+        torch.distributed.destroy_process_group()
     except BaseException:
-        writer.send((False, traceback.format_exc()))
-        raise SystemExit(1) from None
-    finally:
-        writer.close()
-
-
-def _free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return listener.getsockname()[1]
+        connection.send((False, traceback.format_exc()))
