@@ -29,7 +29,7 @@ KINDS: dict[str, dict[str, Any]] = {
 REPLACING: dict[str, dict[str, Any]] = {
     "ema": {"kind": "ema", "codes": 40, "decay": 0.8, "replace_after": 2},
     "ste_groups": {"kind": "ste", "codes": 30, "groups": 2, "normalise": "l2", "replace_after": 2},
-    "affine": {"kind": "affine", "codes": 30, "affine": "running", "replace_after": 3},
+    "affine": {"kind": "affine", "codes": 90, "affine": "running", "replace_after": 3},
 }
 # sums over ranks round in another order than sums over micro-batches: a few units in the last of fp32's 7 digits
 TOLERANCE = {"rtol": 1e-5, "atol": 1e-5}
