@@ -15,6 +15,7 @@ from typing import Any
 
 import matplotlib
 import numpy as np
+from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
 
 from pipeline.evaluation.history import History
@@ -99,9 +100,10 @@ def line_chart(
             axes.plot(*run.history.repeated_points(key), "o", mfc="none", color=run.colour, markersize=6, mew=1)
             for step in run.history.resumed:
                 axes.axvline(step, color=run.colour, linestyle=(0, (2, 2)), linewidth=1)
-                words = "killed, resumed" if not marked else ""
+                # Only a run that did not end by itself has steps to do again.
+                words = "↻ killed, resumed" if run.history.repeated else "↻ resumed"
                 axes.annotate(
-                    f"↻ {words}",
+                    words if not marked else "↻",
                     (step, 1.0),
                     xycoords=("data", "axes fraction"),
                     xytext=(3, -8),
@@ -203,15 +205,19 @@ def count_chart(title: str, counts: Sequence[tuple[str, str, Any]]) -> str:
         return svg(figure, title)
 
 
-def heat_map(title: str, values: Any, unit: str, colours: str = "cividis") -> str:
-    """Values on a grid ``(rows, columns)`` with their scale."""
+def heat_map(title: str, values: Any, unit: str, colours: str = "cividis", log: bool = False) -> str:
+    """Values on a grid ``(rows, columns)`` with their scale; on a logarithmic one, what is not above 0 is left out."""
     values = np.asarray(values, dtype=np.float64)
     rows, columns = values.shape
     height = float(np.clip(4.0 * rows / columns, 1.2, 5.0))
     with style():
         figure = Figure(figsize=(4.6, height + 0.5))
         axes = figure.subplots()
-        image = axes.imshow(values, cmap=colours, interpolation="none", aspect="equal" if rows > 1 else "auto")
+        norm = LogNorm(vmin=1, vmax=max(values.max(), 2)) if log else None
+        shown = np.ma.masked_less_equal(values, 0) if log else values
+        image = axes.imshow(
+            shown, cmap=colours, norm=norm, interpolation="none", aspect="equal" if rows > 1 else "auto"
+        )
         bar = figure.colorbar(image, ax=axes, shrink=0.85)
         bar.set_label(unit)
         bar.outline.set_visible(False)

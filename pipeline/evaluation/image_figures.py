@@ -84,8 +84,10 @@ def codebook_pictures(run: RunView) -> list[str]:
                     "High values are borders between regions of like codes.",
                 ),
                 page.figure(
-                    heat_map("How often each code occurs", flat_grid(on_grid(counts, grid)), "tokens", "viridis"),
-                    "Over the whole split.",
+                    heat_map(
+                        "How often each code occurs", flat_grid(on_grid(counts, grid)), "tokens", "viridis", log=True
+                    ),
+                    "Over the whole split; codes that never occur are left empty.",
                 ),
             ]
         ),

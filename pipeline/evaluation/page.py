@@ -23,7 +23,8 @@ main { max-width: 1080px; margin: 0 auto; padding: 20px 16px 60px; }
 h1 { font-size: 24px; margin: 8px 0 4px; } h2 { font-size: 19px; margin: 40px 0 8px; }
 h3 { font-size: 16px; margin: 24px 0 6px; }
 p { margin: 4px 0 10px; max-width: 75ch; } .soft { color: var(--soft); }
-.cards { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 330px), 1fr)); gap: 14px; }
+.cards { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 330px), 1fr)); gap: 14px; }
+.cards:has(> .card) { grid-template-columns: repeat(auto-fit, minmax(min(100%, 330px), 1fr)); }
 .card, figure { background: var(--card); border: 1px solid var(--line); border-radius: 8px; padding: 12px; margin: 0;
   min-width: 0; }
 .card h3 { margin: 0 0 6px; overflow-wrap: anywhere; } .swatch { display: inline-block; width: 11px; height: 11px;
@@ -35,10 +36,13 @@ figcaption { color: var(--soft); font-size: 13px; margin-top: 6px; }
 .scroll { overflow-x: auto; } table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
 th, td { text-align: left; padding: 4px 14px 4px 0; border-bottom: 1px solid var(--line); vertical-align: baseline; }
 th { font-weight: 600; } td.value { text-align: right; font-weight: 600; white-space: nowrap; }
-td.soft { font-size: 13px; }
+td.soft, .under { font-size: 13px; }
 th.value { text-align: right; }
-.stacks { display: grid; grid-template-columns: repeat(auto-fill, minmax(104px, 1fr)); gap: 10px; }
+.stacks { display: grid; grid-template-columns: repeat(auto-fill, minmax(max(100px, 14%), 1fr)); gap: 10px; }
 .stack img { display: block; width: 100%; height: auto; margin-bottom: 3px; border-radius: 3px; }
+.under { display: none; }
+@media (max-width: 700px) { td.soft, th:last-child { display: none; } .under { display: block; }
+  td { padding-right: 8px; } }
 .pixels { image-rendering: pixelated; } .wide { grid-column: 1 / -1; }
 details { margin: 14px 0; } summary { cursor: pointer; color: var(--soft); margin-bottom: 10px; }
 .note { border-left: 3px solid #d9772e; padding: 4px 12px; margin: 10px 0; }
@@ -91,7 +95,7 @@ def table(columns: Sequence[str], rows: Sequence[tuple[str, Sequence[str], str]]
     """A row is (name, one value a column, meaning)."""
     head = "<th></th>" + "".join(f'<th class="value">{escape(column)}</th>' for column in columns) + "<th></th>"
     body = "".join(
-        f"<tr><td>{escape(name)}</td>"
+        f'<tr><td>{escape(name)}<div class="under soft">{escape(meaning)}</div></td>'
         + "".join(f'<td class="value">{escape(value)}</td>' for value in values)
         + f'<td class="soft">{escape(meaning)}</td></tr>'
         for name, values, meaning in rows

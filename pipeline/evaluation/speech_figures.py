@@ -68,7 +68,7 @@ def clip_figure(runs: Sequence[RunView], index: int) -> str:
         rows[0].grid(visible=False)
         captions = []
         for axes, run, strip in zip(rows[1:], runs, strips, strict=True):
-            hop, receptive = frame_timing(run.model.frame_layers)
+            hop, receptive = frame_timing(run.recipe.model.conv_layers)
             offset = (receptive - hop) / 2 / SAMPLE_RATE  # a frame stands in the middle of what it sees
             frames = min(strip.shape[1], int((seconds - offset) * SAMPLE_RATE / hop))
             strip = strip[:, :frames]

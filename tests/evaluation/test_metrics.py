@@ -42,7 +42,7 @@ def test_image_metrics_are_those_of_the_whole_split(image_run: Path, image_metri
     assert image_metrics["codebook_usage"] == pytest.approx(float((counts > 0).double().mean()))
     assert 0 <= image_metrics["topographic_error"] <= 1
     assert -1 <= image_metrics["grid_correlation"] <= 1
-    assert image_metrics["step"] == 6
+    assert image_metrics["step"] == 4
     assert image_metrics["complete"]
 
 

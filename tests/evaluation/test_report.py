@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shutil
 from html.parser import HTMLParser
@@ -80,7 +81,7 @@ def test_the_report_shows_speech_and_images(html: str) -> None:
     assert sum(label.startswith("reconstruction by ") for label in reader.labels) == 12
     assert sum(label.startswith("spectrogram and codes of ") for label in reader.labels) == 3
     assert any(label.startswith("map of ") for label in reader.labels)
-    for word in ("PSNR", "contrastive accuracy", "topographic error", "resumed 1 time", "4 × 3"):
+    for word in ("PSNR", "contrastive accuracy", "topographic error", "4 × 3"):
         assert word in words
 
 
@@ -99,6 +100,19 @@ def test_two_runs_of_a_kind_are_compared(image_run: Path, tmp_path: Path) -> Non
     # Runs of the same recipe are told apart by their folders.
     assert "again" in "".join(reader.words)
     assert image_run.name in "".join(reader.words)
+
+
+def test_a_kill_and_a_resume_are_marked(image_run: Path, tmp_path: Path) -> None:
+    resumed = tmp_path / "resumed"
+    shutil.copytree(image_run, resumed)
+    log = resumed / "log.jsonl"
+    lines = [json.loads(line) for line in log.read_text().splitlines()]
+    again = [{**line, "attempt": 2, "loss": line["loss"] + 0.5} for line in lines[2:]]
+    log.write_text("".join(json.dumps(line) + "\n" for line in lines + again))
+    words = "".join(Reader(write_report(resumed).read_text()).words)
+    assert "resumed 1 time; 2 logged steps done again, losses within 0.5" in words
+    unbroken = "".join(Reader(write_report(image_run).read_text()).words)
+    assert "resumed" not in unbroken
 
 
 def test_a_run_without_a_checkpoint_is_shown_as_far_as_it_goes(image_run: Path, tmp_path: Path) -> None:
