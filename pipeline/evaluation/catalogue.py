@@ -36,6 +36,7 @@ MEASURES = (
     Measure("accuracy", "contrastive accuracy", percent, "targets told apart from all their distractors"),
     Measure("contrastive_loss", "contrastive loss", number(3), "nats a target; below chance is learnt"),
     Measure("chance_loss", "chance", number(3), "loss of guessing: log(distractors + 1)"),
+    Measure("valid_targets", "valid targets", percent, "targets with at least one valid distractor; these are counted"),
     Measure("valid_negatives", "valid negatives", percent, "distractors whose codes differ from the target's"),
     Measure("psnr", "PSNR", number(2, " dB"), "of the whole set's squared error; higher is better"),
     Measure("ssim", "SSIM", number(4), "structural similarity, mean over images; 1 is equal"),

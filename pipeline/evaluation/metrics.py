@@ -55,7 +55,7 @@ def evaluate(
     model, recipe = run.load_model(checkpoint, device=device)
     dataset = open_split(recipe, data, split)
     limited = islice(ordered_batches(recipe, dataset), batches)
-    if recipe.data_kind == "speech":
+    if recipe.model.kind == "wav2vec2":
         metrics, counts = measure_speech(model, limited, recipe.model.masking.negatives, device)
     else:
         metrics, counts = measure_images(model, limited, device)

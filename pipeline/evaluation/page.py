@@ -43,7 +43,8 @@ th.value { text-align: right; }
 .under { display: none; }
 @media (max-width: 700px) { td.soft, th:last-child { display: none; } .under { display: block; }
   td { padding-right: 8px; } }
-.pixels { image-rendering: pixelated; } .wide { grid-column: 1 / -1; }
+.pixels { image-rendering: pixelated; } .wide { overflow-x: auto; } .wide > svg { min-width: 640px; }
+main > figure + figure { margin-top: 14px; }
 details { margin: 14px 0; } summary { cursor: pointer; color: var(--soft); margin-bottom: 10px; }
 .note { border-left: 3px solid #d9772e; padding: 4px 12px; margin: 10px 0; }
 """

@@ -17,6 +17,9 @@ from pipeline.evaluation.codebook import CodeCounts
 from pipeline.evaluation.collapse import SecondMoments, codes_dimension, effective_dimension, token_concentration
 from pipeline.evaluation.topology import count_torn, grid_correlation
 
+OTHER_SPACE = ("gumbel", "knn_simplex")
+"""Kinds that choose codes by logits: their codes don't lie among the latents, so distances between the two say nothing.
+"""
 METRIC_CODES = 65_536
 """Codebooks larger than this are counted, but their geometry is left alone."""
 
@@ -44,6 +47,11 @@ class QuantizerProbe:
         """Whether the codes lie on a grid of one codebook, so that topology means something."""
         return hasattr(self.quantizer, "are_neighbours") and self.quantizer.groups == 1 and self.quantizer.codes > 1
 
+    @property
+    def shares_space(self) -> bool:
+        """Whether a code lies where the latents lie that it stands for."""
+        return self.quantizer.config.kind not in OTHER_SPACE
+
     def __enter__(self) -> QuantizerProbe:
         self._handle = self.quantizer.register_forward_hook(self._look, with_kwargs=True)
         return self
@@ -65,10 +73,8 @@ class QuantizerProbe:
             self.counts.add(torch.stack([group.bincount(minlength=self.quantizer.codes) for group in codes.T]))
         self._latents.add(latents)
         self._squared_norm += float(latents.double().square().sum())
-        if vectors.shape == latents.shape:
+        if self.shares_space:
             self._squared_error += float((vectors.double() - latents.double()).square().sum())
-        else:  # a quantizer that projects (gumbel's logits) has no error in its input's space
-            self._squared_error = math.nan
         if self.has_grid:
             codebook = self.quantizer.codebook()[0]
             self._torn += count_torn(latents, codebook, self.quantizer.are_neighbours)
@@ -90,7 +96,7 @@ class QuantizerProbe:
             return metrics
         metrics |= self.counts.compute()
         variance = float(covariance.trace())
-        if math.isfinite(self._squared_error) and variance > 0:
+        if self.shares_space and variance > 0:
             metrics["quantization_error"] = self._squared_error / self.tokens / variance
         if self.quantizer.codes <= METRIC_CODES:
             metrics |= self._codebook_metrics(math.sqrt(self._squared_norm / self.tokens))
@@ -107,7 +113,7 @@ class QuantizerProbe:
         groups = range(len(codebooks))
         dimensions = [codes_dimension(codebooks[group], used[group]) for group in groups]
         metrics: dict[str, float] = {"code_dimension": sum(dimensions) / len(dimensions)}
-        if len(codebooks) == 1 and math.isfinite(self._squared_error):
+        if len(codebooks) == 1 and self.shares_space:
             metrics["token_concentration"] = token_concentration(codebooks[0], used[0], latent_rms)
         if self.has_grid:
             metrics["topographic_error"] = self._torn / self.tokens

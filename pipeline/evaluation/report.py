@@ -21,7 +21,7 @@ from pipeline.evaluation.speech_figures import speech_pictures
 KINDS = {"speech": "Speech", "image": "Images"}
 CURVES = {
     "loss": "Loss, all parts",
-    "loss_contrastive": "Contrastive loss",
+    "contrastive": "Contrastive loss",
     "accuracy": "Contrastive accuracy",
     "loss_reconstruction": "Reconstruction loss",
     "mse": "Reconstruction error (MSE)",
@@ -148,7 +148,7 @@ def curve_figures(views: Sequence[RunView], kind: str) -> tuple[list[str], list[
     rest = [name for name in logged if name not in CURVES and name not in BOOKKEEPING]
     chance = chance_level(views) if kind == "speech" else None
     return (
-        [page.figure(curve(name, views, chance if name == "loss_contrastive" else None)) for name in main],
+        [page.figure(curve(name, views, chance if name == "contrastive" else None)) for name in main],
         [page.figure(curve(name, views)) for name in rest],
     )
 

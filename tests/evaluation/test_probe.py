@@ -100,7 +100,7 @@ def test_nothing_seen_is_an_error() -> None:
         probe.compute()
 
 
-@pytest.mark.parametrize("kind", ["simvq", "rotation", "ste", "gumbel"])
+@pytest.mark.parametrize("kind", ["ste", "affine", "knn_simplex", "gumbel"])
 def test_every_family_can_be_watched(kind: str) -> None:
     quantizer = build(kind)
     with QuantizerProbe(quantizer) as probe:
@@ -108,6 +108,7 @@ def test_every_family_can_be_watched(kind: str) -> None:
     metrics = probe.compute()
     assert 1 <= metrics["codebook_perplexity"] <= 6
     assert math.isfinite(metrics["latent_dimension"])
+    assert ("quantization_error" in metrics) == (kind in ("ste", "affine"))
 
 
 def test_without_a_codebook_only_latents_are_measured() -> None:
