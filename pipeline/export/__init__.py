@@ -1,0 +1,23 @@
+"""From a run to what others use: `export` for weights in a format of theirs, `tokenize` for a data set's codes."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from pipeline.export.tokens import tokenize
+    from pipeline.export.weights import export
+
+__all__ = ["export", "tokenize"]
+
+
+def __getattr__(name: str) -> Any:
+    if name == "export":
+        from pipeline.export.weights import export
+
+        return export
+    if name == "tokenize":
+        from pipeline.export.tokens import tokenize
+
+        return tokenize
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

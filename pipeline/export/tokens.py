@@ -1,0 +1,190 @@
+"""`tokenize`: a whole data set as shards of codes, one Ray task a shard.
+
+In: a run and a prepared data set. Out: the same splits and shards with codes instead of samples, plain WebDataset:
+KEY.npy, int16 or int32 ``(frames, groups)`` for speech and ``(height, width, groups)`` for images, and KEY.json; and
+manifest.json with the hash of each shard, written last.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import tarfile
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pipeline.data import ShardedDataset, read_manifest
+from pipeline.data.config import SAMPLE_RATE
+from pipeline.data.manifest import MANIFEST_NAME, write_whole
+from pipeline.training.run_folder import Run
+
+if TYPE_CHECKING:
+    import numpy as np
+
+FORMAT_VERSION = 1
+IN_FLIGHT_PER_CPU = 2
+
+
+@dataclass(frozen=True)
+class TokenSummary:
+    """What a tokenisation made."""
+
+    out: Path
+    samples: int
+    tokens: int
+    shards: int
+    bits_per_token: float
+    elapsed_seconds: float
+
+    def __str__(self) -> str:
+        return (
+            f"{self.samples} samples as {self.tokens:,} tokens of {self.bits_per_token:.0f} bits "
+            f"in {self.shards} shards, {self.elapsed_seconds:.1f} s"
+        )
+
+
+def tokenize(run: str | Path, dataset: str | Path, out: str | Path) -> TokenSummary:
+    """Write the codes of every sample of ``dataset`` to the new folder ``out``.
+
+    Uses a running Ray or starts one. Raises ValueError when the run's model reads another kind of data or has no codes,
+    FileExistsError when ``out`` holds a finished set of other tokens.
+    """
+    import ray
+
+    from pipeline.ray_session import ray_session
+
+    started = time.perf_counter()
+    run, source, out = Run(Path(run).resolve()), Path(dataset).resolve(), Path(out)
+    recipe, manifest = run.recipe(), read_manifest(source)
+    if manifest.kind != recipe.data_kind:
+        raise ValueError(f"{source} holds {manifest.kind} data, {run.path} was trained on {recipe.data_kind} data")
+    if recipe.quantizer.kind == "identity":
+        raise ValueError(f"{run.path} has quantizer.kind=identity, which has no codes: train with another quantizer")
+    if (out / MANIFEST_NAME).exists():
+        raise FileExistsError(f"{out} holds a finished data set: give a new folder")
+    checkpoint = run.latest_checkpoint()
+    if checkpoint is None:
+        raise ValueError(f"{run.path} holds no whole checkpoint: train first")
+    tasks = [(split, shard) for split, entry in manifest.splits.items() for shard in range(len(entry.shards))]
+    results: dict[tuple[str, int], dict[str, Any]] = {}
+    with ray_session() as resources:
+        remote = ray.remote(_tokenize_shard).options(max_retries=2)
+        at_once = IN_FLIGHT_PER_CPU * max(1, int(resources.get("CPU", 1)))
+        waiting, running = iter(tasks), {}
+        while True:
+            for task in waiting:
+                running[remote.remote(run.path, checkpoint, source, *task, out.resolve())] = task
+                if len(running) >= at_once:
+                    break
+            if not running:
+                break
+            done, _ = ray.wait(list(running), num_returns=1)
+            for reference in done:
+                results[running.pop(reference)] = ray.get(reference)
+    splits: dict[str, Any] = {split: {"shards": []} for split in manifest.splits}
+    for split, shard in tasks:
+        splits[split]["shards"].append(results[split, shard])
+    values = {
+        "version": FORMAT_VERSION,
+        "kind": f"{manifest.kind}-codes",
+        "quantizer": recipe.quantizer.kind,
+        "codes": recipe.quantizer.codes,
+        "groups": recipe.quantizer.groups,
+        "run": recipe.name,
+        "checkpoint": checkpoint.name,
+        "source": manifest.fingerprint(""),
+        "splits": splits,
+    }
+    write_whole(out / MANIFEST_NAME, (json.dumps(values, indent=1) + "\n").encode())
+    return TokenSummary(
+        out=out,
+        samples=sum(result["samples"] for result in results.values()),
+        tokens=sum(result["tokens"] for result in results.values()),
+        shards=len(results),
+        bits_per_token=recipe.quantizer.groups * max(1, (recipe.quantizer.codes - 1).bit_length()),
+        elapsed_seconds=time.perf_counter() - started,
+    )
+
+
+def _tokenize_shard(run: Path, checkpoint: Path, source: Path, split: str, shard: int, out: Path) -> dict[str, Any]:
+    """One shard of codes; returns its manifest entry. Runs in a Ray worker."""
+    import numpy as np
+
+    dataset = ShardedDataset(source, split)
+    entries = dataset.manifest.splits[split].shards
+    first = sum(entry.samples for entry in entries[:shard])
+    buffer, tokens = io.BytesIO(), 0
+    with tarfile.open(fileobj=buffer, mode="w", format=tarfile.USTAR_FORMAT) as archive:
+        for key, codes, facts in _codes_of(run, checkpoint, dataset, range(first, first + entries[shard].samples)):
+            content = io.BytesIO()
+            np.save(content, codes)
+            _add(archive, f"{key}.npy", content.getvalue())
+            _add(archive, f"{key}.json", json.dumps(facts).encode())
+            tokens += int(np.prod(codes.shape[:-1]))
+    file = out / entries[shard].file
+    file.parent.mkdir(parents=True, exist_ok=True)
+    write_whole(file, buffer.getvalue())
+    return {
+        "file": entries[shard].file,
+        "sha256": hashlib.sha256(buffer.getvalue()).hexdigest(),
+        "bytes": len(buffer.getvalue()),
+        "samples": entries[shard].samples,
+        "tokens": tokens,
+    }
+
+
+def _codes_of(
+    run: Path, checkpoint: Path, dataset: ShardedDataset, indexes: range
+) -> Iterator[tuple[str, np.ndarray, dict[str, Any]]]:
+    """Key, codes and facts of each sample, whole and unaugmented."""
+    import numpy as np
+
+    from pipeline.data import ImageCollation, SampleReference
+    from pipeline.models import build_collation
+
+    model, recipe = _load_once(run, checkpoint)
+    images = dataset.kind == "image"
+    collation = ImageCollation(recipe.data, recipe.seed, augment=False) if images else build_collation(recipe)
+    # Clips come alone: a group norm over padding would make a clip's codes depend on its neighbours.
+    size = (recipe.batch.samples or 1) if images else 1
+    width = np.int16 if recipe.quantizer.codes <= 2**15 else np.int32
+    for first in range(indexes.start, indexes.stop, size):
+        references = [SampleReference(index, 0) for index in range(first, min(first + size, indexes.stop))]
+        batch = collation(references, dataset, 0, 0)
+        codes, lengths = model.encode_codes(batch)
+        for row, key in enumerate(batch.keys):
+            length = int(lengths[row])
+            kept = codes[row] if images else codes[row, :length]
+            facts: dict[str, Any] = {"tokens": length, "shape": list(kept.shape)}
+            if not images:
+                facts["seconds"] = int(batch.lengths[row]) / SAMPLE_RATE
+                facts["tokens_per_second"] = SAMPLE_RATE / _stride(recipe)
+            yield key, kept.numpy().astype(width), facts
+
+
+@lru_cache(maxsize=1)
+def _load_once(run: Path, checkpoint: Path) -> tuple[Any, Any]:
+    """A worker keeps the model for its next shard."""
+    import torch
+
+    torch.set_num_threads(1)  # one Ray CPU, one thread
+    return Run(run).load_model(checkpoint)
+
+
+def _stride(recipe: Any) -> int:
+    """Audio samples between two frames."""
+    product = 1
+    for _, _, stride in recipe.model.conv_layers:
+        product *= stride
+    return product
+
+
+def _add(archive: tarfile.TarFile, name: str, content: bytes) -> None:
+    member = tarfile.TarInfo(name)  # owner 0, time 0: equal codes are equal bytes
+    member.size = len(content)
+    archive.addfile(member, io.BytesIO(content))

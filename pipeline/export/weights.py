@@ -1,0 +1,98 @@
+"""`export`: a run's weights in a format that others load.
+
+In: a run folder and a format. Out: a folder, written beside and renamed (design rule 7).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+from pipeline.training.run_folder import Run
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from recipes.schema import Recipe
+
+Format = Literal["huggingface", "fairseq2", "safetensors"]
+CODEBOOK_FILE = "codebook.safetensors"
+
+
+def export(run: str | Path, out: str | Path, format: str = "huggingface") -> Path:
+    """Write the weights of ``run``'s latest checkpoint to the new folder ``out`` and return it.
+
+    huggingface: a ``Wav2Vec2Model`` folder for transformers; fairseq2: ``model.pt`` with fairseq2's names;
+    safetensors: the whole state dict with ours. Each with ``codebook.safetensors``, ``codes (groups, codes, dim)``
+    fp32, and the recipe.
+
+    Raises ValueError for an unknown format, for a format that does not know the model, and FileExistsError when ``out``
+    holds something.
+    """
+    run, out = Run(run), Path(out)
+    writers = {"huggingface": _huggingface, "fairseq2": _fairseq2, "safetensors": _safetensors}
+    if format not in writers:
+        raise ValueError(f"format={format!r}: use {', '.join(writers)}")
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise FileExistsError(f"{out} exists already: give a new folder")
+    model, recipe = run.load_model()
+    if format != "safetensors" and recipe.data_kind != "speech":
+        raise ValueError(f"format={format} has no model like {recipe.model.kind}: use safetensors")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    beside = out.with_name(f".{out.name}.partial-{os.getpid()}")
+    shutil.rmtree(beside, ignore_errors=True)
+    beside.mkdir()
+    try:
+        writers[format](model, recipe, beside)
+        write_codebook(model, recipe, beside)
+        (beside / "recipe.yaml").write_text(recipe.to_yaml())
+        if out.exists():
+            out.rmdir()
+        beside.rename(out)
+    finally:
+        shutil.rmtree(beside, ignore_errors=True)
+    return out
+
+
+def write_codebook(model: nn.Module, recipe: Recipe, folder: Path) -> None:
+    """The effective codes as ``codebook.safetensors``; nothing for a model without any."""
+    from safetensors.torch import save_file
+
+    if not model.quantizer.codes:
+        return
+    settings = {"quantizer": json.dumps(recipe.quantizer.model_dump(mode="json"))}
+    save_file({"codes": model.quantizer.codebook().contiguous().clone()}, folder / CODEBOOK_FILE, metadata=settings)
+
+
+def _huggingface(model: nn.Module, recipe: Recipe, folder: Path) -> None:
+    from pipeline.export.huggingface import write_huggingface
+
+    write_huggingface(model, recipe, folder)
+
+
+def _fairseq2(model: nn.Module, recipe: Recipe, folder: Path) -> None:
+    """``model.pt`` as fairseq2's checkpoints are: {"model": state dict} under the names of its Wav2Vec2Model."""
+    import torch
+
+    names = {
+        "frontend": "encoder_frontend",
+        "encoder": "encoder",
+        "context_projection": "final_proj",
+        "target_projection": "final_target_proj",
+        "quantizer": "quantizer",
+    }
+    state = {"masker.temporal_mask_embed": model.mask_embedding.detach()}
+    for ours, theirs in names.items():
+        for name, tensor in getattr(model, ours).state_dict().items():
+            state[f"{theirs}.{name}"] = tensor
+    torch.save({"model": state}, folder / "model.pt")
+
+
+def _safetensors(model: nn.Module, recipe: Recipe, folder: Path) -> None:
+    from safetensors.torch import save_file
+
+    state = {name: tensor.contiguous().clone() for name, tensor in model.state_dict().items()}
+    save_file(state, folder / "model.safetensors", metadata={"recipe": recipe.name})
