@@ -53,7 +53,7 @@ def _whole(parameters: list[nn.Parameter]) -> Iterator[None]:
     if not any(hasattr(parameter, "ds_id") for parameter in parameters):
         yield
         return
-    from deepspeed.zero import GatheredParameters
+    from deepspeed.runtime.zero import GatheredParameters
 
     with GatheredParameters(parameters, modifier_rank=0):
         yield

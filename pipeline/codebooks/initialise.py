@@ -129,18 +129,20 @@ def _spread_centres(latents: Tensor, codes: int) -> Tensor:
     Vassilvitskii, SODA 2007), with draws that are always the same."""
     draws = token_keys(codes, PURPOSE).double() / 2.0**63
     distances = torch.full((len(latents),), torch.inf, dtype=torch.float64, device=latents.device)
-    chosen = latents[:1]
-    for number in range(1, codes):
-        distances = torch.minimum(distances, (latents - chosen[-1]).double().square().sum(dim=1))
-        cumulated = distances.cumsum(dim=0)
-        if cumulated[-1] == 0:
+    places: list[Tensor] = []
+    for number in range(codes):
+        if places:
+            newest = latents[places[-1]]
+            distances = torch.minimum(distances, (latents - newest).square().sum(dim=1).double())
+        cumulated = distances.cumsum(dim=0) if places else torch.ones_like(distances).cumsum(dim=0)
+        if not len(latents) or cumulated[-1] == 0:
             raise ValueError(
                 f"k-means found {number} distinct latents for {codes} codes: "
                 "bring more batches (codebooks.initialise_steps) or use fewer codes"
             )
         place = torch.searchsorted(cumulated, draws[number] * cumulated[-1], right=True)
-        chosen = torch.cat([chosen, latents[place.clamp(max=len(latents) - 1)].reshape(1, -1)])
-    return chosen
+        places.append(place.clamp(max=len(latents) - 1))
+    return latents[torch.stack(places)]
 
 
 def _fill_empty(centres: Tensor, latents: Tensor, assigned: Tensor, counts: Tensor) -> None:
