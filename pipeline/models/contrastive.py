@@ -52,7 +52,8 @@ def contrast(
         start += count
         if count < 2:  # nothing to tell it from
             continue
-        similarities = context[frames] @ targets[frames].T / temperature  # (count, count)
+        with torch.autocast(context.device.type, enabled=False):  # rounding to bf16 would move a logit by 0.04
+            similarities = context[frames] @ targets[frames].T / temperature  # (count, count)
         drawn = negatives[row, :count]  # (count, K)
         equal = identity[frames][drawn] == identity[frames].unsqueeze(1)
         wrong = similarities.gather(1, drawn).masked_fill(equal, -torch.inf)
