@@ -86,7 +86,7 @@ class Replacement:
             quantizer = self.quantizers[name]
             latents = merge(*unpack(part.reshape(-1, 2 + quantizer.dim)), _most_in_a_group(codes))
             if len(latents):  # else nothing was watched: the step began before this object did
-                vectors = _take_places(name, quantizer, codes, latents)
+                vectors = quantizer.invert(_take_places(name, quantizer, codes, latents))
                 write_codes(quantizer, codes, partial(quantizer.replace_codes, codes, vectors), self.optimizer)
 
 

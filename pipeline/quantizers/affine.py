@@ -10,8 +10,9 @@ from typing import Any, Literal
 
 import torch
 from pydantic import Field, model_validator
-from torch import Tensor, nn
+from torch import Tensor
 
+from pipeline.quantizers.learned import LearnedTable
 from pipeline.quantizers.ste import STEQuantizer, StraightThroughOptions
 
 VARIANCE_FLOOR = 1e-8
@@ -60,16 +61,16 @@ class AffineQuantizer(STEQuantizer):
         super().__init__(config)
         by_block = (self.groups, config.affine_groups, self.code_dim)
         if config.affine == "learned":
-            self.scale_step = nn.Parameter(torch.zeros(by_block, dtype=torch.float32))
-            self.shift_step = nn.Parameter(torch.zeros(by_block, dtype=torch.float32))
+            self.scale_step = LearnedTable(torch.zeros(by_block))
+            self.shift_step = LearnedTable(torch.zeros(by_block))
             return
         for name, shape in {"latent": (self.groups, 1, self.code_dim), "code": by_block}.items():
             self.register_buffer(f"{name}_mean", torch.zeros(shape, dtype=torch.float32))
             self.register_buffer(f"{name}_variance", torch.ones(shape, dtype=torch.float32))
         self.register_buffer("has_statistics", torch.zeros((), dtype=torch.bool))
         self.declare_statistic("latent_sums", self.groups, 2, self.code_dim)
-        # Codes are the same on all ranks. Their moments travel all the same, because an engine may hold no whole
-        # parameter outside a forward; the number of forwards makes a mean of the sum.
+        # Codes are the same on all ranks. Their moments travel all the same: by the time of the update the optimiser
+        # has moved the codes that the latents were compared with. The number of forwards makes a mean of the sum.
         self.declare_statistic("forwards", 1)
         self.declare_statistic("code_moments", 2, *by_block)
 
@@ -77,7 +78,7 @@ class AffineQuantizer(STEQuantizer):
         """s and b by block: fp32 ``(groups, affine_groups, code_dim)``."""
         if self.config.affine == "learned":
             step = self.config.affine_lr
-            return 1.0 + step * self.scale_step.float(), step * self.shift_step.float()
+            return 1.0 + step * self.scale_step(), step * self.shift_step()
         # c_std = σ_z/σ_C and c_mean = μ_z − (σ_z/σ_C)·μ_C: equations 44 and 45 print them swapped.
         scale = (self.latent_variance / (self.code_variance + VARIANCE_FLOOR)).sqrt().clamp(max=LARGEST_SCALE)
         shift = self.latent_mean - scale * self.code_mean
@@ -88,7 +89,7 @@ class AffineQuantizer(STEQuantizer):
 
     def effective_codes(self) -> Tensor:
         scale, shift = self.scale_and_shift()
-        moved = self._by_block(self.code_vectors.float()) * scale.unsqueeze(2) + shift.unsqueeze(2)
+        moved = self._by_block(self.code_vectors()) * scale.unsqueeze(2) + shift.unsqueeze(2)
         return self.normalise(moved.reshape(self.groups, self.codes, self.code_dim))
 
     def invert(self, effective: Tensor) -> Tensor:
@@ -104,7 +105,7 @@ class AffineQuantizer(STEQuantizer):
         # Relative to the running mean, which is the same on all ranks: squares of large numbers would cancel.
         centred = self.split_groups(latents) - self.latent_mean.squeeze(1)
         self.add_statistic("latent_sums", torch.stack([centred.sum(dim=0), centred.square().sum(dim=0)], dim=1))
-        blocks = self._by_block(self.code_vectors.detach().float())
+        blocks = self._by_block(self.code_vectors())
         self.add_statistic("forwards", torch.ones(1, device=latents.device))
         self.add_statistic("code_moments", torch.stack([blocks.mean(dim=2), blocks.var(dim=2, correction=0)]))
 

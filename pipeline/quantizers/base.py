@@ -140,8 +140,13 @@ class Quantizer(nn.Module):
         """Set the effective codes ``(groups, codes, dim // groups)``; ``counts (groups, codes)``: tokens of each."""
         raise ValueError(f"quantizer kind {self.config.kind} has no codes that can be set from latents")
 
+    def invert(self, effective: Tensor) -> Tensor:
+        """Codes as this kind keeps them, for effective ones; both ``(groups, codes, dim // groups)``."""
+        return effective
+
     def replace_codes(self, dead: Tensor, vectors: Tensor) -> None:
-        """Move the codes of ``dead``, bool ``(groups, codes)``, to ``vectors``, ``(groups, codes, dim // groups)``."""
+        """Write ``vectors``, ``(groups, codes, dim // groups)`` as :meth:`invert` gives them, over the codes of
+        ``dead``, bool ``(groups, codes)``."""
         raise ValueError(f"quantizer kind {self.config.kind} has no codes that can be replaced")
 
     # -- what everyone calls ---------------------------------------------------------------------------------------

@@ -11,11 +11,11 @@ from typing import Any, Literal
 
 import torch
 from pydantic import Field, model_validator
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional
 
 from pipeline.quantizers.base import Quantized, Quantizer, QuantizerOptions, look_up
-from pipeline.quantizers.search import highest_scores
+from pipeline.quantizers.learned import LearnedTable, LinearHead
 
 
 class GumbelConfig(QuantizerOptions):
@@ -50,10 +50,8 @@ class GumbelQuantizer(Quantizer):
         assert config.dim is not None
         input_dim = config.input_dim or config.dim
         super().__init__(config, dim=config.dim, codes=config.codes, groups=config.groups, input_dim=input_dim)
-        self.head = nn.Linear(input_dim, self.groups * self.codes, dtype=torch.float32)
-        nn.init.normal_(self.head.weight)
-        nn.init.zeros_(self.head.bias)
-        self.code_vectors = nn.Parameter(torch.rand(self.groups, self.codes, self.code_dim, dtype=torch.float32))
+        self.head = LinearHead(input_dim, self.groups, self.codes, std=1.0)
+        self.code_vectors = LearnedTable(torch.rand(self.groups, self.codes, self.code_dim))
 
     def temperature(self) -> Tensor:
         """Of the next forward: fp32 scalar, max(start · factor^steps, end)."""
@@ -62,12 +60,11 @@ class GumbelQuantizer(Quantizer):
         return (start * torch.pow(factor, self.updates.double())).clamp(min=end).float()
 
     def codebook(self) -> Tensor:
-        return self.code_vectors.detach().float()
+        return self.code_vectors().detach()
 
     def quantize(self, latents: Tensor) -> Quantized:
-        logits = functional.linear(latents, self.head.weight.float(), self.head.bias.float())
-        logits = logits.reshape(-1, self.groups, self.codes)
-        codebook = self.code_vectors.float()
+        logits = self.head(latents)
+        codebook = self.code_vectors()
         temperature = self.temperature()
         if self.training:
             soft = functional.softmax((logits + gumbel_noise(logits)) / temperature, dim=-1)
@@ -76,7 +73,7 @@ class GumbelQuantizer(Quantizer):
             through_logits = torch.einsum("tgk,gkd->tgd", soft - soft.detach(), codebook.detach())
             vectors = look_up(codebook, codes) + through_logits
         else:
-            codes = self.assign(latents)
+            codes = logits.argmax(dim=-1)
             vectors = look_up(codebook, codes)
         perplexities = perplexity_of_mean(functional.softmax(logits, dim=-1))
         places = self.groups * self.codes
@@ -89,9 +86,7 @@ class GumbelQuantizer(Quantizer):
         return Quantized(vectors.reshape(-1, self.dim), codes, losses, metrics)
 
     def assign(self, latents: Tensor) -> Tensor:
-        weights = self.head.weight.float().reshape(self.groups, self.codes, self.input_dim)
-        biases = self.head.bias.float().reshape(self.groups, self.codes)
-        return torch.stack([highest_scores(latents, *head) for head in zip(weights, biases, strict=True)], dim=1)
+        return self.head.likeliest(latents)
 
 
 def gumbel_noise(like: Tensor) -> Tensor:

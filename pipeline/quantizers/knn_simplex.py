@@ -13,12 +13,13 @@ from typing import Literal
 
 import torch
 from pydantic import Field
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional
 
 from pipeline import collectives
 from pipeline.quantizers.base import Quantized, Quantizer, QuantizerOptions, look_up
 from pipeline.quantizers.gumbel import gumbel_noise, perplexity_of_mean
+from pipeline.quantizers.learned import LearnedTable, LinearHead
 from pipeline.quantizers.search import highest_scores, nearest_codes
 
 
@@ -58,18 +59,16 @@ class KNNSimplexQuantizer(Quantizer):
     def __init__(self, config: KNNSimplexConfig) -> None:
         assert config.dim is not None
         super().__init__(config, dim=config.dim, codes=config.codes, groups=config.groups)
-        self.code_vectors = nn.Parameter(torch.randn(self.groups, self.codes, self.code_dim, dtype=torch.float32))
+        self.code_vectors = LearnedTable(torch.randn(self.groups, self.codes, self.code_dim))
         if config.logits == "linear":
-            self.head = nn.Linear(self.dim, self.groups * self.codes, dtype=torch.float32)
-            nn.init.normal_(self.head.weight, std=self.dim**-0.5)
-            nn.init.zeros_(self.head.bias)
+            self.head = LinearHead(self.dim, self.groups, self.codes, std=self.dim**-0.5)
         self._warned = False
 
     def codebook(self) -> Tensor:
-        return self.code_vectors.detach().float()
+        return self.code_vectors().detach()
 
     def quantize(self, latents: Tensor) -> Quantized:
-        codebook = self.code_vectors.float()
+        codebook = self.code_vectors()
         logits = self.score(latents, codebook) / self.config.temperature
         if self.training and self.config.sampler == "gumbel":
             logits = logits + gumbel_noise(logits) / self.config.temperature
@@ -95,8 +94,7 @@ class KNNSimplexQuantizer(Quantizer):
     def score(self, latents: Tensor, codebook: Tensor) -> Tensor:
         """Logits before the temperature: ``(tokens, groups, codes)``."""
         if self.config.logits == "linear":
-            scores = functional.linear(latents, self.head.weight.float(), self.head.bias.float())
-            return scores.reshape(-1, self.groups, self.codes)
+            return self.head(latents)
         split = self.split_groups(latents)
         if self.config.logits == "dot":
             return torch.einsum("tgd,gkd->tgk", split, codebook) / self.code_dim**0.5
@@ -108,9 +106,7 @@ class KNNSimplexQuantizer(Quantizer):
 
     def assign(self, latents: Tensor) -> Tensor:
         if self.config.logits == "linear":
-            weights = self.head.weight.float().reshape(self.groups, self.codes, self.dim)
-            biases = self.head.bias.float().reshape(self.groups, self.codes)
-            return torch.stack([highest_scores(latents, *head) for head in zip(weights, biases, strict=True)], dim=1)
+            return self.head.likeliest(latents)
         split, codebook = self.split_groups(latents), self.codebook()
         if self.config.logits == "distance":
             return nearest_codes(split, codebook)
@@ -172,7 +168,7 @@ class KNNSimplexQuantizer(Quantizer):
     @torch.no_grad()
     def set_codebook(self, codebook: Tensor, counts: Tensor | None = None) -> None:
         """A linear head gets the logits z·c − |c|²/2, whose largest is the nearest code's."""
-        self.code_vectors.copy_(codebook)
+        self.code_vectors.weight.copy_(codebook)
         if self.config.logits == "linear":
             weights = torch.zeros(self.groups, self.codes, self.groups, self.code_dim, device=codebook.device)
             for group in range(self.groups):

@@ -10,7 +10,7 @@ from typing import Literal
 
 import torch
 from pydantic import Field
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional
 
 from pipeline.quantizers.base import (
@@ -22,6 +22,7 @@ from pipeline.quantizers.base import (
     mean_square,
     straight_through,
 )
+from pipeline.quantizers.learned import LearnedTable
 from pipeline.quantizers.search import nearest_codes
 
 MAXIMUM_NORM = 10.0
@@ -55,11 +56,11 @@ class STEQuantizer(Quantizer):
     def __init__(self, config: StraightThroughOptions) -> None:
         assert config.dim is not None
         super().__init__(config, dim=config.dim, codes=config.codes, groups=config.groups)
-        self.code_vectors = nn.Parameter(torch.randn(self.groups, self.codes, self.code_dim, dtype=torch.float32))
+        self.code_vectors = LearnedTable(torch.randn(self.groups, self.codes, self.code_dim))
 
     def effective_codes(self) -> Tensor:
         """The codes as they are compared, looked up and learned: fp32 ``(groups, codes, code_dim)``, with gradient."""
-        return self.normalise(self.code_vectors.float())
+        return self.normalise(self.code_vectors())
 
     def codebook(self) -> Tensor:
         return self.effective_codes().detach()
@@ -100,13 +101,10 @@ class STEQuantizer(Quantizer):
     @torch.no_grad()
     def set_codebook(self, codebook: Tensor, counts: Tensor | None = None) -> None:
         """Set the codes so that the effective ones are ``codebook``."""
-        self.code_vectors.copy_(self.invert(codebook))
+        self.code_vectors.weight.copy_(self.invert(codebook))
 
     @torch.no_grad()
     def replace_codes(self, dead: Tensor, vectors: Tensor) -> None:
-        self.code_vectors.copy_(torch.where(dead.unsqueeze(-1), self.invert(vectors), self.code_vectors.float()))
+        weight = self.code_vectors.weight
+        weight.copy_(torch.where(dead.unsqueeze(-1), vectors.to(weight.dtype), weight))
         self.idle_steps.masked_fill_(dead, 0)
-
-    def invert(self, effective: Tensor) -> Tensor:
-        """Learned codes that are effective as ``effective``, ``(groups, codes, code_dim)``."""
-        return effective

@@ -75,7 +75,7 @@ def test_a_replaced_moving_average_stays_where_it_was_put():
 def test_groups_take_their_own_part_of_a_latent():
     quantizer = build(groups=2, dim=4)
     latents = torch.tensor([[0.1, 0.2, 10.1, 10.2], [0.3, 0.4, 10.3, 10.4]])
-    quantizer.code_vectors.data[1] += 10
+    quantizer.code_vectors.weight.data[1] += 10
     assert _train(quantizer, 3, latents=latents) == [0, 0, 4]
     pairs = latents.reshape(2, 2, 2).transpose(0, 1)  # (groups, tokens, 2)
     for group in range(2):
@@ -140,6 +140,6 @@ def test_the_optimiser_forgets_dead_codes():
         optimizer.step()
         health = sync.step()
     assert health.quantizers[0].replaced == 2
-    moments = optimizer.state[quantizer.code_vectors]["exp_avg"][0]
+    moments = optimizer.state[quantizer.code_vectors.weight]["exp_avg"][0]
     assert moments[0].abs().sum() > 0
     assert not moments[1:].any()

@@ -153,7 +153,10 @@ def test_any_number_of_ranks_replaces_the_same_codes_by_the_same_latents(replaci
 
 def test_dead_codes_were_replaced(replacing_runs):
     before, after = _model(REPLACING).state_dict(), replacing_runs[1][0]["state"]
-    for name in ("ste_groups.code_vectors", "affine.code_vectors"):  # no optimiser: nothing else moves these
+    for name in (
+        "ste_groups.code_vectors.weight",
+        "affine.code_vectors.weight",
+    ):  # no optimiser: nothing else moves these
         moved = (before[name] != torch.tensor(after[name])).any(dim=-1)
         assert 0 < int(moved.sum()) < moved.numel()
 

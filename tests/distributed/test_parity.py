@@ -162,7 +162,7 @@ def _global_neighbours(world_size):
         output = quantizer(latents[rows], mask[rows])
         loss = output.losses["knn"] * (mask[rows].sum() / mask.sum())
         loss.backward()
-        gradient = collectives.all_reduce_sum(quantizer.code_vectors.grad)
+        gradient = collectives.all_reduce_sum(quantizer.code_vectors.weight.grad)
         results[distance] = (collectives.all_reduce_sum(loss.detach()), gradient)
     return results
 

@@ -15,7 +15,7 @@ def build(**options):
 def test_corrected_equations_40_to_45():
     """μ_z 2, σ_z 3, μ_C −1, σ_C 0.5, codes (−1.5, −1, −0.5) → (−1, 2, 5); as printed they would give (0, 3, 6)."""
     quantizer = build_quantizer({"kind": "affine", "dim": 1, "codes": 3})
-    quantizer.code_vectors.data.copy_(torch.tensor([[[-1.5], [-1.0], [-0.5]]]))
+    quantizer.code_vectors.weight.data.copy_(torch.tensor([[[-1.5], [-1.0], [-0.5]]]))
     quantizer.latent_mean.fill_(2.0)
     quantizer.latent_variance.fill_(9.0)
     quantizer.code_mean.fill_(-1.0)
@@ -27,7 +27,7 @@ def test_corrected_equations_40_to_45():
 @pytest.mark.parametrize("groups", [1, 2])
 def test_after_the_first_step_codes_have_the_moments_of_the_latents(groups):
     quantizer = build(groups=groups)
-    raw = quantizer.code_vectors.detach().clone()
+    raw = quantizer.code_vectors.weight.detach().clone()
     latents = 50 + 3 * torch.randn(400, 4)
     sync = CodebookSync(quantizer)
     assert torch.equal(quantizer.codebook(), raw)  # no statistics yet: the identity
@@ -56,7 +56,7 @@ def test_later_statistics_come_in_by_the_momentum():
 def test_each_block_of_codes_has_a_map_of_its_own():
     quantizer = build(affine_groups=3)
     sync = CodebookSync(quantizer)
-    quantizer.code_vectors.data[:, 4:8] += 20  # the second of three contiguous blocks of four
+    quantizer.code_vectors.weight.data[:, 4:8] += 20  # the second of three contiguous blocks of four
     latents = torch.randn(300, 4)
     quantizer(latents)
     sync.step()
@@ -73,7 +73,7 @@ def test_codes_that_no_token_chose_move_too(affine):
     assert unused.any()
     optimizer = torch.optim.SGD(quantizer.parameters(), lr=0.1)
     sum(quantizer(latents).losses.values()).backward()
-    raw_gradient = quantizer.code_vectors.grad
+    raw_gradient = quantizer.code_vectors.weight.grad
     assert bool((raw_gradient[0, unused] == 0).all())
     optimizer.step()
     CodebookSync(quantizer).step()
@@ -88,13 +88,13 @@ def test_learned_steps_are_scaled_by_the_square():
         quantizer = build(affine="learned", affine_lr=rate)
         sum(quantizer(latents).losses.values()).backward()
         with torch.no_grad():
-            moved[rate] = -rate * quantizer.shift_step.grad
+            moved[rate] = -rate * quantizer.shift_step.weight.grad
     torch.testing.assert_close(moved[10.0], 100 * moved[1.0])
 
 
 def test_a_feature_without_variance_does_not_run_away():
     quantizer = build()
-    quantizer.code_vectors.data[..., 2] = 0.5
+    quantizer.code_vectors.weight.data[..., 2] = 0.5
     quantizer(torch.randn(100, 4))
     CodebookSync(quantizer).step()
     scale, _ = quantizer.scale_and_shift()

@@ -84,7 +84,7 @@ def test_gradients_are_those_of_the_straight_through_one_hot():
     noise = -torch.empty_like(logits).exponential_().log()
     soft = torch.softmax((logits + noise) / 2.0, dim=-1)
     one_hot = torch.nn.functional.one_hot(soft.argmax(-1), 4).float()
-    vectors = torch.einsum("tgk,gkd->tgd", one_hot + soft - soft.detach(), quantizer.code_vectors).reshape(7, 6)
+    vectors = torch.einsum("tgk,gkd->tgd", one_hot + soft - soft.detach(), quantizer.code_vectors()).reshape(7, 6)
     torch.testing.assert_close(output.vectors, vectors, atol=1e-6, rtol=1e-5)
     (vectors * upstream).sum().backward()
     for gradient, parameter in zip(gradients, quantizer.parameters(), strict=True):

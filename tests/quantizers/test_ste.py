@@ -13,7 +13,7 @@ UPSTREAM = torch.tensor([[1.0, 2.0], [3.0, 4.0], [5.0, 6.0]])
 
 def build(**options):
     quantizer = build_quantizer({"kind": "ste", "dim": 2, "codes": 3, **options})
-    quantizer.code_vectors.data.copy_(CODES)
+    quantizer.code_vectors.weight.data.copy_(CODES)
     return quantizer
 
 
@@ -31,7 +31,7 @@ def test_published_gradients(beta, of_codes, of_latents):
     loss = sum(quantizer(latents).losses.values())
     assert float(loss.detach()) == pytest.approx(0.016667, abs=1e-6)  # the value does not depend on β
     loss.backward()
-    torch.testing.assert_close(quantizer.code_vectors.grad[0], torch.tensor(of_codes).float(), atol=1e-6, rtol=0)
+    torch.testing.assert_close(quantizer.code_vectors.weight.grad[0], torch.tensor(of_codes).float(), atol=1e-6, rtol=0)
     torch.testing.assert_close(latents.grad, torch.tensor(of_latents).float(), atol=1e-6, rtol=0)
 
 
@@ -50,9 +50,9 @@ def test_published_synchronised_update(nu, expected):
     (vectors * UPSTREAM).sum().backward()
     assert torch.equal(latents.grad, UPSTREAM)
     if expected is None:
-        assert quantizer.code_vectors.grad is None
+        assert quantizer.code_vectors.weight.grad is None
     else:
-        torch.testing.assert_close(quantizer.code_vectors.grad[0], torch.tensor(expected).float())
+        torch.testing.assert_close(quantizer.code_vectors.weight.grad[0], torch.tensor(expected).float())
 
 
 def test_the_synchronised_update_has_the_right_sign():
@@ -64,7 +64,7 @@ def test_the_synchronised_update_has_the_right_sign():
     # The mean over 2 features makes the loss's gradient (c − z): 2 / 2.
     ((output.vectors * upstream).sum() + output.losses["codebook"]).backward()
     with torch.no_grad():
-        moved = quantizer.code_vectors[0, 0] - rate * quantizer.code_vectors.grad[0, 0]
+        moved = quantizer.code_vectors.weight[0, 0] - rate * quantizer.code_vectors.weight.grad[0, 0]
     torch.testing.assert_close(moved, rate * latents[0] - rate**2 * upstream[0])
 
 
@@ -86,7 +86,7 @@ def test_normalised_codes_and_latents_have_length_1_in_each_group():
 def test_max_norm_shortens_and_never_lengthens():
     """The published layer swaps l2 and max-norm between latents and codes (its defect 1); here both get the same."""
     quantizer = build_quantizer({"kind": "ste", "dim": 2, "codes": 2, "normalise": "max_norm"})
-    quantizer.code_vectors.data.copy_(torch.tensor([[[30.0, 40.0], [0.3, 0.4]]]))
+    quantizer.code_vectors.weight.data.copy_(torch.tensor([[[30.0, 40.0], [0.3, 0.4]]]))
     torch.testing.assert_close(quantizer.codebook(), torch.tensor([[[6.0, 8.0], [0.3, 0.4]]]))
     torch.testing.assert_close(
         quantizer.real_latents(torch.tensor([[60.0, 80.0], [3.0, 4.0]]), None), torch.tensor([[6.0, 8.0], [3.0, 4.0]])

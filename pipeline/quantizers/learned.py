@@ -1,0 +1,47 @@
+"""Parameters of learned quantizers, each read through a forward of its own.
+
+An engine that partitions parameters (DeepSpeed's ZeRO 3) makes them whole around a module's forward and again for its
+backward, and it finds the backward by the tensors that the forward returns: it does not look into a QuantizerOutput.
+Reading through these small modules keeps every parameter whole when it is needed, and gives fp32 whatever the engine
+keeps its parameters in.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+CHUNK_ELEMENTS = 1 << 24
+"""Logits that are held at once at inference."""
+
+
+class LearnedTable(nn.Module):
+    """A tensor that an optimiser trains; calling it gives an fp32 copy, differentiable."""
+
+    def __init__(self, values: Tensor) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(values.to(torch.float32))
+
+    def forward(self) -> Tensor:
+        # A copy even if it is fp32 already: the parameter itself is taken away after this.
+        return self.weight.to(torch.float32, copy=True)
+
+
+class LinearHead(nn.Linear):
+    """Logits of several groups of codes: fp32 ``(tokens, input_dim)`` → fp32 ``(tokens, groups, codes)``."""
+
+    def __init__(self, input_dim: int, groups: int, codes: int, std: float) -> None:
+        super().__init__(input_dim, groups * codes, dtype=torch.float32)
+        self.groups = groups
+        nn.init.normal_(self.weight, std=std)
+        nn.init.zeros_(self.bias)
+
+    def forward(self, latents: Tensor) -> Tensor:
+        logits = functional.linear(latents, self.weight.float(), self.bias.float())
+        return logits.reshape(len(latents), self.groups, self.out_features // self.groups)
+
+    def likeliest(self, latents: Tensor) -> Tensor:
+        """The code with the largest logit, of equal ones the first: int64 ``(tokens, groups)``."""
+        rows = max(64, CHUNK_ELEMENTS // self.out_features)
+        return torch.cat([self(part).argmax(dim=-1) for part in latents.split(rows)])
