@@ -1,0 +1,201 @@
+"""wav2vec 2.0 pretraining: what a micro-batch gives, what padding may not change, and how it learns."""
+
+import math
+
+import pytest
+import torch
+
+from pipeline.codebooks import CodebookSync
+from tests.models.speech import LENGTHS, make_batch, tiny_config, tiny_model
+
+KINDS = {
+    "ema": {"kind": "ema", "codes": 16},
+    "ksom": {"kind": "ksom", "codes": 16, "grid": [4, 4], "groups": 2},
+    "ste": {"kind": "ste", "codes": 16},
+    "knn_simplex": {"kind": "knn_simplex", "codes": 8, "neighbours": 2},
+    "gumbel": {"kind": "gumbel", "codes": 8, "groups": 2, "dim": 12},
+    "identity": {"kind": "identity"},
+}
+
+
+def total(output):
+    return torch.stack(list(output.losses.values())).sum()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_parameter_gets_a_gradient(kind):
+    model = tiny_model(KINDS[kind])
+    batch = make_batch(model.config)
+    output = model(batch)
+    assert output.losses["contrastive"].shape == ()
+    assert output.quantizer.codes.shape[0] == batch.targets == int(batch.mask.sum())
+    total(output).backward()
+    for name, parameter in model.named_parameters():
+        assert parameter.grad is not None, name
+        assert torch.isfinite(parameter.grad).all(), name
+    # A bias on all keys adds one term to all of a frame's scores, which softmax cancels: rounding is all it gets.
+    dead = [name for name, tensor in model.named_parameters() if not tensor.grad.any() and "k_proj.bias" not in name]
+    assert dead == []
+
+
+def test_layers_left_out_have_a_zero_gradient_and_not_none():
+    """ZeRO waits for every parameter's gradient."""
+    model = tiny_model(layer_drop=0.9)
+    model(make_batch(model.config)).losses["contrastive"].backward()
+    for name, parameter in model.named_parameters():
+        assert parameter.grad is not None, name
+
+
+def test_the_first_loss_is_near_chance():
+    model = tiny_model({"kind": "ema", "codes": 64}, logit_temperature=1.0, masking={"negatives": 30})
+    batch = make_batch(model.config, [40_000] * 3)
+    output = model(batch)
+    correct, asked = output.metrics["accuracy"]
+    loss, counted = output.metrics["contrastive"]
+    assert torch.equal(asked, counted)
+    found, drawn = output.metrics["valid_negatives"]
+    # A candidate is the positive or a valid distractor; chance is the logarithm of how many there are.
+    assert float(loss / counted) == pytest.approx(math.log(1 + 30 * float(found / drawn)), rel=0.1)
+    assert float(correct / asked) < 0.25
+
+
+def test_losses_and_metrics_are_sums_over_targets():
+    model = tiny_model(feature_penalty=3.0)
+    batch = make_batch(model.config)
+    output = model(batch)
+    assert set(output.losses) == {"contrastive", "quantizer_commitment", "feature_penalty"}
+    torch.testing.assert_close(
+        output.losses["quantizer_commitment"], output.quantizer.losses["commitment"] * batch.targets
+    )
+    _, _, raw = model._features(batch.waveforms, batch.lengths)
+    rows = [raw[row, :frames] for row, frames in enumerate(batch.frame_lengths.tolist())]
+    torch.testing.assert_close(output.losses["feature_penalty"], 3.0 * torch.cat(rows).square().mean() * batch.targets)
+    _, masked = output.metrics["valid_targets"]
+    assert int(masked) == batch.targets
+    assert not any(tensor.requires_grad for pair in output.metrics.values() for tensor in pair)
+
+
+def test_clips_alone_add_up_to_the_batch():
+    """Layer-normed convolutions make a clip independent of its neighbours: the sum of three forwards is the joint one,
+    in losses, in metrics and in gradients. This is what lets any number of ranks train the same model."""
+    options = {"conv_norm": "layer", "norm_order": "pre", "feature_penalty": 0.0}
+    together, alone = tiny_model(**options), tiny_model(**options)
+    output = together(make_batch(together.config))
+    total(output).backward()
+    outputs = []
+    for length in LENGTHS:
+        outputs.append(alone(make_batch(alone.config, [length])))
+        total(outputs[-1]).backward()
+    for name, loss in output.losses.items():
+        torch.testing.assert_close(sum(part.losses[name] for part in outputs), loss, rtol=1e-4, atol=1e-4)
+    for name, (numerator, denominator) in output.metrics.items():
+        torch.testing.assert_close(sum(part.metrics[name][0] for part in outputs), numerator, rtol=1e-4, atol=1e-4)
+        assert sum(part.metrics[name][1] for part in outputs) == denominator
+    for (name, parameter), other in zip(together.named_parameters(), alone.parameters(), strict=True):
+        torch.testing.assert_close(
+            other.grad, parameter.grad, rtol=1e-3, atol=1e-3, msg=lambda text, name=name: f"{name}: {text}"
+        )
+
+
+def test_padding_does_not_change_a_clips_features_or_codes():
+    model = tiny_model(conv_norm="layer", norm_order="pre").eval()
+    batch = make_batch(model.config)
+    features = model.extract(batch.waveforms, batch.lengths)
+    codes, frames = model.encode_codes(batch)
+    assert codes.shape == (*batch.mask.shape, 1)
+    assert frames.tolist() == batch.frame_lengths.tolist() == [62, 44, 27]
+    for row, length in enumerate(LENGTHS):
+        single = make_batch(model.config, [length])
+        kept = frames[row]
+        expected = model.extract(single.waveforms, single.lengths)
+        torch.testing.assert_close(features[row, :kept], expected[0], rtol=1e-4, atol=1e-5)
+        assert torch.equal(codes[row, :kept], model.encode_codes(single)[0][0])
+
+
+def test_the_quantizer_sees_masked_frames_only():
+    model = tiny_model()
+    batch = make_batch(model.config)
+    seen = []
+    model.quantizer.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+    model(batch)
+    features, _, _ = model._features(batch.waveforms, batch.lengths)
+    assert torch.equal(seen[0], features[batch.mask])
+    assert float(model.quantizer.pending()[0].sum()) == batch.targets
+
+
+def test_what_is_under_the_mask_does_not_reach_the_context():
+    model = tiny_model().eval()
+    batch = make_batch(model.config)
+    features, layout, _ = model._features(batch.waveforms, batch.lengths)
+    other = torch.where(batch.mask.unsqueeze(-1), torch.randn_like(features), features)
+    assert torch.equal(model._encode(features, layout, batch.mask), model._encode(other, layout, batch.mask))
+    assert not torch.equal(model._encode(features, layout, None), model._encode(other, layout, None))
+
+
+def test_a_collapsed_codebook_counts_nothing():
+    model = tiny_model({"kind": "ema", "codes": 16})
+    model.quantizer.set_codebook(torch.zeros(1, 16, 16))
+    output = model(make_batch(model.config))
+    assert output.losses["contrastive"].item() == 0.0
+    for name in ("accuracy", "contrastive", "valid_negatives"):
+        assert output.metrics[name][0].item() == 0, name
+    assert output.metrics["accuracy"][1].item() == 0
+    total(output).backward()
+    assert all(torch.isfinite(parameter.grad).all() for parameter in model.parameters())
+
+
+def test_an_unmasked_batch_gives_zero_and_a_gradient():
+    model = tiny_model()
+    batch = make_batch(model.config, [1_000])  # 2 frames: too few to mask
+    assert batch.targets == 0
+    output = model(batch)
+    assert total(output).item() == 0.0
+    total(output).backward()
+    assert all(parameter.grad is not None for parameter in model.parameters())
+
+
+def test_dropout_is_torchs_generator_alone():
+    """The trainer seeds it from (seed, step, micro-batch): nothing else may draw."""
+    model = tiny_model(KINDS["gumbel"], dropout=0.1, attention_dropout=0.1, feature_dropout=0.1, layer_drop=0.3)
+    batch = make_batch(model.config)
+    losses = []
+    for seed in (5, 5, 6):
+        torch.manual_seed(seed)
+        losses.append(total(model(batch)).item())
+    assert losses[0] == losses[1] != losses[2]
+
+
+def test_a_mask_of_other_convolutions_is_refused():
+    model = tiny_model()
+    shorter = tiny_config(conv_layers=[*model.config.conv_layers, (16, 2, 2)])
+    with pytest.raises(ValueError, match=r"mask has shape \(3, 31\), the features \(3, 62\).*conv_layers"):
+        model(make_batch(shorter))
+
+
+def test_it_learns_a_batch_by_heart():
+    """Real codebook updates between steps; the targets are the model's own and have to stay apart."""
+    torch.manual_seed(0)
+    model = tiny_model({"kind": "knn_simplex", "codes": 16, "neighbours": 2}, feature_penalty=0.1)
+    batch = make_batch(model.config)
+    sync = CodebookSync(model)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+    losses = []
+    for _ in range(60):
+        output = model(batch)
+        optimizer.zero_grad()
+        (total(output) / batch.targets).backward()
+        optimizer.step()
+        health = sync.step()
+        loss, counted = output.metrics["contrastive"]
+        losses.append(float(loss / counted))
+    assert losses[0] > 0.8 * math.log(11)
+    assert losses[-1] < 0.6 * losses[0]
+    assert health.summary()["codebook_usage"] > 0.5
+
+
+def test_no_compiler_is_called():
+    """fairseq2's own quantizer compiles a closure in its first forward, which needs a C++ compiler at run time."""
+    torch._dynamo.utils.counters.clear()
+    model = tiny_model(KINDS["gumbel"])
+    total(model(make_batch(model.config))).backward()
+    assert not torch._dynamo.utils.counters["frames"]
