@@ -136,7 +136,10 @@ def train_speech(demo: Demo) -> str:
 def train_images_with_a_kill(demo: Demo) -> str:
     """ZeRO-2; half-way a worker gets SIGKILL and Ray starts a new group, which resumes; checked: the same losses."""
     recipe = _load(IMAGE_RECIPE, demo.image_data)
-    killer = RankKiller(demo.image_run, after_step=recipe.training.steps // 2, console=demo.console)
+    # Half-way between two checkpoints, so that there are steps to train again.
+    every = recipe.training.checkpoint_every
+    after = recipe.training.steps // 2 // every * every + every // 2
+    killer = RankKiller(demo.image_run, after, demo.console)
     killer.start()
     try:
         _train(demo, IMAGE_RECIPE, demo.image_data, demo.image_run, failures=1)

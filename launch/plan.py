@@ -58,7 +58,6 @@ def memory_a_rank(parameters: int, buffer_bytes: int, zero_stage: int, precision
 def print_plan(recipe_name: str, overrides: Sequence[str], ranks: int, console: Console | None = None) -> None:
     """Print the plan; raises RecipeError for a recipe that these ranks can't run or a data set that isn't there."""
     from pipeline.models import build_model
-
     from recipes.schema import load_recipe
 
     console = console or Console()
@@ -103,7 +102,7 @@ def _add_model(table: Table, recipe: Recipe, model: nn.Module, ranks: int) -> No
 def _add_data(table: Table, recipe: Recipe, ranks: int) -> None:
     from pipeline.data import SamplingPlan, ShardedDataset
 
-    dataset = ShardedDataset(recipe.data.path, recipe.data.split)
+    dataset = ShardedDataset(recipe.data_folder, recipe.data.split)
     plan = SamplingPlan(dataset, recipe.batch, recipe.data, recipe.seed)
     epochs = recipe.training.steps / plan.steps_per_epoch
     table.add_row("data", f"{recipe.data.path}, split {recipe.data.split}")

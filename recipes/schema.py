@@ -13,11 +13,11 @@ from pathlib import Path
 from typing import Any, get_args
 
 import yaml
-from pipeline.models.config import ModelConfig
-from pipeline.quantizers import QuantizerConfig
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from pipeline.data.config import BatchConfig, DataConfig
+from pipeline.models.config import ModelConfig
+from pipeline.quantizers import QuantizerConfig
 from pipeline.training.config import CodebookConfig, EngineConfig, OptimizerConfig, ScheduleConfig, TrainingConfig
 
 RECIPE_FOLDER = Path(__file__).parent
@@ -75,6 +75,16 @@ class Recipe(BaseModel):
             )
         return self
 
+    @property
+    def data_folder(self) -> Path:
+        """``data.path``; raises :class:`RecipeError` when it was not given."""
+        if self.data.path is None:
+            noun = "images" if self.data_kind == "image" else "speech"
+            raise RecipeError(
+                f"data.path is missing: add data.path=FOLDER, a folder made by `tessera prepare {noun} SOURCE FOLDER`"
+            )
+        return self.data.path
+
     def check_ranks(self, ranks: int) -> None:
         """Raise :class:`RecipeError` unless ``ranks`` divides the step's micro-batches (design rule 1)."""
         micro_batches = self.batch.micro_batches
@@ -94,23 +104,20 @@ class Recipe(BaseModel):
         from pipeline.data.manifest import ManifestError, read_manifest
 
         noun = "images" if self.data_kind == "image" else "speech"
-        if self.data.path is None:
-            raise RecipeError(
-                f"data.path is missing: add data.path=FOLDER, a folder made by `tessera prepare {noun} SOURCE FOLDER`"
-            )
+        folder = self.data_folder
         try:
-            manifest = read_manifest(self.data.path)
+            manifest = read_manifest(folder)
         except (OSError, ManifestError) as error:
-            raise RecipeError(f"data.path={self.data.path}: {error}") from error
+            raise RecipeError(f"data.path={folder}: {error}") from error
         if manifest.kind != self.data_kind:
             raise RecipeError(
-                f"data.path={self.data.path} holds {manifest.kind} data, model.kind={self.model.kind} reads "
+                f"data.path={folder} holds {manifest.kind} data, model.kind={self.model.kind} reads "
                 f"{self.data_kind} data: "
                 f"use a folder made by `tessera prepare {noun}`"
             )
         if self.data.split not in manifest.splits:
             raise RecipeError(
-                f"data.split={self.data.split} is not in {self.data.path}: use {_any_of(sorted(manifest.splits))}"
+                f"data.split={self.data.split} is not in {folder}: use {_any_of(sorted(manifest.splits))}"
             )
 
     def to_yaml(self) -> str:
@@ -262,7 +269,7 @@ def _section(location: list[str], values: Mapping[str, Any]) -> type[BaseModel] 
     for part in location[:-1]:
         here = here.get(part, {}) if isinstance(here, Mapping) else {}
         if config is Recipe and part in ("model", "quantizer"):
-            config = _kinds(part).get(here.get("kind") if isinstance(here, Mapping) else "")
+            config = _kinds(part).get(str(here.get("kind")) if isinstance(here, Mapping) else "")
         else:
             annotation = config.model_fields[part].annotation if config and part in config.model_fields else None
             config = annotation if isinstance(annotation, type) and issubclass(annotation, BaseModel) else None
@@ -271,7 +278,7 @@ def _section(location: list[str], values: Mapping[str, Any]) -> type[BaseModel] 
 
 def _known_keys(location: list[str], values: Mapping[str, Any]) -> list[str]:
     config = _section(location, values)
-    return list(config.model_fields) if config else []
+    return sorted(config.model_fields, key=lambda name: name != "kind") if config else []
 
 
 def _description(location: list[str], values: Mapping[str, Any]) -> str | None:

@@ -40,8 +40,12 @@ class SampleReference:
 class Lengths(Protocol):
     """What the plan needs to know of a data set; :class:`ShardedDataset` has it."""
 
-    kind: str
-    fingerprint: str
+    @property
+    def kind(self) -> str: ...
+
+    @property
+    def fingerprint(self) -> str: ...
+
     lengths: np.ndarray
 
 

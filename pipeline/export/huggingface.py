@@ -11,10 +11,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from pipeline.data import ShardedDataset
 from pipeline.data.config import SAMPLE_RATE
+from pipeline.models.config import Wav2Vec2Config
 from pipeline.training.run_folder import Run
 
 if TYPE_CHECKING:
@@ -43,15 +44,16 @@ _RENAMES = [
 _OURS_ALONE = ("quantizer.", "context_projection.", "target_projection.")
 
 
-def write_huggingface(model: nn.Module, recipe: Recipe, folder: Path) -> None:
+def write_huggingface(model: Any, recipe: Recipe, folder: Path) -> None:
     """Write ``folder`` so that ``Wav2Vec2Model.from_pretrained(folder)`` gives our encoder.
 
     Raises ValueError, naming them, for weights that have no place there.
     """
     from transformers import Wav2Vec2FeatureExtractor, Wav2Vec2Model
 
-    theirs = Wav2Vec2Model(huggingface_config(recipe)).eval()
-    theirs.load_state_dict(huggingface_state(model.state_dict(), recipe.model.model_dim))
+    config = huggingface_config(recipe)
+    theirs = Wav2Vec2Model(config).eval()
+    theirs.load_state_dict(huggingface_state(model.state_dict(), config.hidden_size))
     theirs.save_pretrained(folder)
     Wav2Vec2FeatureExtractor(
         feature_size=1,
@@ -59,16 +61,17 @@ def write_huggingface(model: nn.Module, recipe: Recipe, folder: Path) -> None:
         padding_value=0.0,
         do_normalize=recipe.data.normalise,
         # The group norm of BASE sees padding; its published models are used without an attention mask.
-        return_attention_mask=recipe.model.conv_norm == "layer",
+        return_attention_mask=config.feat_extract_norm == "layer",
     ).save_pretrained(folder)
 
 
 def huggingface_config(recipe: Recipe) -> Any:
     """transformers' configuration of the recipe's encoder."""
-    from transformers import Wav2Vec2Config
+    from transformers import Wav2Vec2Config as TheirConfig
 
     model = recipe.model
-    return Wav2Vec2Config(
+    assert isinstance(model, Wav2Vec2Config)
+    return TheirConfig(
         hidden_size=model.model_dim,
         num_hidden_layers=model.layers,
         num_attention_heads=model.heads,
@@ -126,16 +129,17 @@ def compare_with_transformers(run: str | Path, folder: str | Path, clips: int = 
     """
     from transformers import Wav2Vec2Model
 
-    from pipeline.data import SampleReference
+    from pipeline.data import SampleReference, SpeechBatch
     from pipeline.models import build_collation
 
     model, recipe = Run(run).load_model()
     theirs = Wav2Vec2Model.from_pretrained(folder, local_files_only=True).eval()
-    dataset = ShardedDataset(recipe.data.path, recipe.data.split)
+    dataset = ShardedDataset(recipe.data_folder, recipe.data.split)
     collation = build_collation(recipe)
     largest = 0.0
     for index in range(min(clips, len(dataset))):
         batch = collation([SampleReference(index, 0)], dataset, 0, 0)
+        assert isinstance(batch, SpeechBatch)
         ours = model.extract(batch.waveforms, batch.lengths)
         expected = theirs(batch.waveforms).last_hidden_state
         largest = max(largest, float((ours - expected).abs().max()))

@@ -59,17 +59,19 @@ def tokenize(run: str | Path, dataset: str | Path, out: str | Path) -> TokenSumm
     from pipeline.ray_session import ray_session
 
     started = time.perf_counter()
-    run, source, out = Run(Path(run).resolve()), Path(dataset).resolve(), Path(out)
-    recipe, manifest = run.recipe(), read_manifest(source)
+    trained, source, out = Run(Path(run).resolve()), Path(dataset).resolve(), Path(out)
+    recipe, manifest = trained.recipe(), read_manifest(source)
     if manifest.kind != recipe.data_kind:
-        raise ValueError(f"{source} holds {manifest.kind} data, {run.path} was trained on {recipe.data_kind} data")
+        raise ValueError(f"{source} holds {manifest.kind} data, {trained.path} was trained on {recipe.data_kind} data")
     if recipe.quantizer.kind == "identity":
-        raise ValueError(f"{run.path} has quantizer.kind=identity, which has no codes: train with another quantizer")
+        raise ValueError(
+            f"{trained.path} has quantizer.kind=identity, which has no codes: train with another quantizer"
+        )
     if (out / MANIFEST_NAME).exists():
         raise FileExistsError(f"{out} holds a finished data set: give a new folder")
-    checkpoint = run.latest_checkpoint()
+    checkpoint = trained.latest_checkpoint()
     if checkpoint is None:
-        raise ValueError(f"{run.path} holds no whole checkpoint: train first")
+        raise ValueError(f"{trained.path} holds no whole checkpoint: train first")
     tasks = [(split, shard) for split, entry in manifest.splits.items() for shard in range(len(entry.shards))]
     results: dict[tuple[str, int], dict[str, Any]] = {}
     with ray_session() as resources:
@@ -78,7 +80,7 @@ def tokenize(run: str | Path, dataset: str | Path, out: str | Path) -> TokenSumm
         waiting, running = iter(tasks), {}
         while True:
             for task in waiting:
-                running[remote.remote(run.path, checkpoint, source, *task, out.resolve())] = task
+                running[remote.remote(trained.path, checkpoint, source, *task, out.resolve())] = task
                 if len(running) >= at_once:
                     break
             if not running:
@@ -144,7 +146,7 @@ def _codes_of(
     """Key, codes and facts of each sample, whole and unaugmented."""
     import numpy as np
 
-    from pipeline.data import ImageCollation, SampleReference
+    from pipeline.data import ImageCollation, SampleReference, SpeechBatch
     from pipeline.models import build_collation
 
     model, recipe = _load_once(run, checkpoint)
@@ -161,7 +163,7 @@ def _codes_of(
             length = int(lengths[row])
             kept = codes[row] if images else codes[row, :length]
             facts: dict[str, Any] = {"tokens": length, "shape": list(kept.shape)}
-            if not images:
+            if isinstance(batch, SpeechBatch):
                 facts["seconds"] = int(batch.lengths[row]) / SAMPLE_RATE
                 facts["tokens_per_second"] = SAMPLE_RATE / _stride(recipe)
             yield key, kept.numpy().astype(width), facts

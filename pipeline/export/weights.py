@@ -9,16 +9,13 @@ import json
 import os
 import shutil
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any
 
 from pipeline.training.run_folder import Run
 
 if TYPE_CHECKING:
-    from torch import nn
-
     from recipes.schema import Recipe
 
-Format = Literal["huggingface", "fairseq2", "safetensors"]
 CODEBOOK_FILE = "codebook.safetensors"
 
 
@@ -32,13 +29,13 @@ def export(run: str | Path, out: str | Path, format: str = "huggingface") -> Pat
     Raises ValueError for an unknown format, for a format that does not know the model, and FileExistsError when ``out``
     holds something.
     """
-    run, out = Run(run), Path(out)
+    out = Path(out)
     writers = {"huggingface": _huggingface, "fairseq2": _fairseq2, "safetensors": _safetensors}
     if format not in writers:
         raise ValueError(f"format={format!r}: use {', '.join(writers)}")
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise FileExistsError(f"{out} exists already: give a new folder")
-    model, recipe = run.load_model()
+    model, recipe = Run(run).load_model()
     if format != "safetensors" and recipe.data_kind != "speech":
         raise ValueError(f"format={format} has no model like {recipe.model.kind}: use safetensors")
     out.parent.mkdir(parents=True, exist_ok=True)
@@ -57,7 +54,7 @@ def export(run: str | Path, out: str | Path, format: str = "huggingface") -> Pat
     return out
 
 
-def write_codebook(model: nn.Module, recipe: Recipe, folder: Path) -> None:
+def write_codebook(model: Any, recipe: Recipe, folder: Path) -> None:
     """The effective codes as ``codebook.safetensors``; nothing for a model without any."""
     from safetensors.torch import save_file
 
@@ -67,13 +64,13 @@ def write_codebook(model: nn.Module, recipe: Recipe, folder: Path) -> None:
     save_file({"codes": model.quantizer.codebook().contiguous().clone()}, folder / CODEBOOK_FILE, metadata=settings)
 
 
-def _huggingface(model: nn.Module, recipe: Recipe, folder: Path) -> None:
+def _huggingface(model: Any, recipe: Recipe, folder: Path) -> None:
     from pipeline.export.huggingface import write_huggingface
 
     write_huggingface(model, recipe, folder)
 
 
-def _fairseq2(model: nn.Module, recipe: Recipe, folder: Path) -> None:
+def _fairseq2(model: Any, recipe: Recipe, folder: Path) -> None:
     """``model.pt`` as fairseq2's checkpoints are: {"model": state dict} under the names of its Wav2Vec2Model."""
     import torch
 
@@ -91,7 +88,7 @@ def _fairseq2(model: nn.Module, recipe: Recipe, folder: Path) -> None:
     torch.save({"model": state}, folder / "model.pt")
 
 
-def _safetensors(model: nn.Module, recipe: Recipe, folder: Path) -> None:
+def _safetensors(model: Any, recipe: Recipe, folder: Path) -> None:
     from safetensors.torch import save_file
 
     state = {name: tensor.contiguous().clone() for name, tensor in model.state_dict().items()}

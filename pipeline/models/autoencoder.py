@@ -43,8 +43,7 @@ class Autoencoder(nn.Module):
 
     def forward(self, batch: ImageBatch) -> StepOutput:
         """Losses and metrics of one micro-batch."""
-        dtype = self.decoder[0].weight.dtype
-        images = self._normalise(batch.pixels.to(dtype))
+        images = self._normalise(batch.pixels.to(next(self.decoder.parameters()).dtype))
         output = self.quantizer(self._encode(images))
         decoded = self._decode(output.vectors)
         squared = (decoded.float() - images.float()).square().sum()

@@ -109,7 +109,9 @@ class Wav2Vec2Pretraining(nn.Module):
             assert mask is not None
             return torch.where(mask.unsqueeze(-1), self.mask_embedding.to(frames.dtype), frames), mask
 
-        frames, _ = self.frontend.process_features(features, layout, None if mask is None else masker)
+        # fairseq2 types its masker as a module; it calls it as the function that it is here.
+        chosen: Any = None if mask is None else masker
+        frames, _ = self.frontend.process_features(features, layout, chosen)
         return self.encoder(frames, layout)
 
 

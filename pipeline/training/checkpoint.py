@@ -140,7 +140,7 @@ def find_damage(checkpoint: Path) -> str | None:
 
 def find_latest(folder: Path) -> tuple[Path | None, list[str]]:
     """The newest whole checkpoint, or None, and the damage of the newer ones that were passed over."""
-    passed_over = []
+    passed_over: list[str] = []
     for checkpoint in reversed(list_checkpoints(folder)):
         damage = find_damage(checkpoint)
         if damage is None:

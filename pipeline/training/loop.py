@@ -51,7 +51,7 @@ def train(recipe: Recipe, run_dir: str | Path) -> Run:
     _make_repeatable(recipe)
     claim_run_folder(run, recipe)
 
-    dataset = ShardedDataset(recipe.data.path, recipe.data.split)
+    dataset = ShardedDataset(recipe.data_folder, recipe.data.split)
     plan = SamplingPlan(dataset, recipe.batch, recipe.data, recipe.seed)
     model = build_model(recipe.model, recipe.quantizer).to(device)
     sync = CodebookSync(model)

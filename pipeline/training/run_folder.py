@@ -13,8 +13,6 @@ from typing import TYPE_CHECKING, Any
 from pipeline.training.checkpoint import CheckpointError, find_latest, list_checkpoints
 
 if TYPE_CHECKING:
-    from torch import nn
-
     from recipes.schema import Recipe
 
 
@@ -82,8 +80,8 @@ class Run:
         """The newest whole checkpoint, every file's hash compared, or None."""
         return find_latest(self.checkpoints)[0]
 
-    def load_model(self, checkpoint: Path | None = None, device: str = "cpu") -> tuple[nn.Module, Recipe]:
-        """The trained model in evaluation mode with fp32 weights and codebooks, and the recipe.
+    def load_model(self, checkpoint: Path | None = None, device: str = "cpu") -> tuple[Any, Recipe]:
+        """The trained model (an ``nn.Module`` in evaluation mode, weights and codebooks in fp32) and the recipe.
 
         ``checkpoint`` is one of :meth:`list_checkpoints`, by default the latest whole one. Raises CheckpointError when
         there is none.

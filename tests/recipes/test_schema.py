@@ -111,10 +111,10 @@ def test_data_sets_are_checked_before_anything_starts(tmp_path, speech_dataset, 
 
 
 def test_changed_keys_are_dotted():
-    before, after = load_recipe(IMAGE), load_recipe(IMAGE, ["quantizer.decay=0.5", "training.steps=7"])
+    before, after = load_recipe(IMAGE), load_recipe(IMAGE, ["quantizer.decay=0.5", "training.steps=700"])
     assert changed_keys(before, after) == {
         "quantizer.decay": (before.quantizer.decay, 0.5),
-        "training.steps": (before.training.steps, 7),
+        "training.steps": (before.training.steps, 700),
     }
 
 
