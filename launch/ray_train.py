@@ -30,9 +30,7 @@ def train_on_ray(
     Raises :class:`LaunchError` when the run fails for good.
     """
     import ray
-    from ray.train import FailureConfig, ScalingConfig
     from ray.train.torch import TorchConfig, TorchTrainer
-    from ray.train.v2.api.config import RunConfig  # ray.train's own name for it is typed as the older class
 
     resources = ray.cluster_resources()
     gpu = resources.get("GPU", 0) >= ranks if use_gpu is None else use_gpu
@@ -47,17 +45,17 @@ def train_on_ray(
         "DS_ACCELERATOR": "cuda" if gpu else "cpu",
         "TORCH_CPP_LOG_LEVEL": "ERROR",
     }
-    # ray.train types RunConfig now as this class and now as its older namesake, which lacks worker_runtime_env.
-    run_config: Any = RunConfig(
+    train: Any = ray.train  # untyped: its annotations name these classes and their older namesakes by turns
+    run_config = train.RunConfig(
         name="ray",
         storage_path=str(run.resolve()),
-        failure_config=FailureConfig(max_failures=failures),
-        worker_runtime_env={"env_vars": environment},  # type: ignore[call-arg]
+        failure_config=train.FailureConfig(max_failures=failures),
+        worker_runtime_env={"env_vars": environment},
     )
     trainer = TorchTrainer(
         _train_on_this_worker,
         train_loop_config={"recipe": str(recipe_file.resolve()), "run": str(run.resolve())},
-        scaling_config=ScalingConfig(
+        scaling_config=train.ScalingConfig(
             num_workers=ranks, use_gpu=gpu, resources_per_worker={"CPU": 1} | ({"GPU": 1} if gpu else {})
         ),
         torch_config=TorchConfig(backend="nccl" if gpu else "gloo", timeout_s=600),
