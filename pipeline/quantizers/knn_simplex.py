@@ -153,7 +153,7 @@ class KNNSimplexQuantizer(Quantizer):
         first = collectives.rank(self.process_group) * neighbours
         mine = chosen[..., first : first + local.shape[-1]]
         joint = (local * mine).sum() / (self.groups * self.codes * min(neighbours, total))
-        return joint
+        return joint * (total / tokens)
 
     def _warn_of_few(self, tokens: int) -> None:
         wanted = self.config.neighbours * self.codes
