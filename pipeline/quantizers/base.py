@@ -276,10 +276,11 @@ class Quantizer(nn.Module):
 
 def count_codes(codes: Tensor, number: int) -> Tensor:
     """How often each code occurs: ``(tokens, groups)`` int64 → fp32 ``(groups, number)``."""
-    counts = torch.zeros(codes.shape[1], number, device=codes.device)
-    if number:
-        counts.scatter_add_(1, codes.T, torch.ones(codes.T.shape, device=codes.device))
-    return counts
+    groups = codes.shape[1]
+    if not number:
+        return torch.zeros(groups, 0, device=codes.device)
+    places = codes + torch.arange(groups, device=codes.device) * number  # group g's codes start at g · number
+    return torch.bincount(places.reshape(-1), minlength=groups * number).float().reshape(groups, number)
 
 
 def sum_by_code(latents: Tensor, codes: Tensor, number: int) -> Tensor:
