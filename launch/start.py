@@ -74,7 +74,8 @@ def start(
 
 
 def check_run(recipe_name: str, overrides: Sequence[str], run: Path, ranks: int):
-    """The recipe, after everything that can refuse the run has been asked. Raises RecipeError."""
+    """The recipe, after everything that can refuse the run has been asked. Raises RecipeError or CheckpointError."""
+    from pipeline.training.run_folder import Run
     from recipes.schema import load_recipe
 
     recipe = load_recipe(recipe_name, overrides)
@@ -82,6 +83,9 @@ def check_run(recipe_name: str, overrides: Sequence[str], run: Path, ranks: int)
     recipe.check_data()
     if run.exists() and not run.is_dir():
         raise ValueError(f"--run {run} is a file: give a folder")
+    folder = Run(run)
+    folder.check_recipe(recipe)
+    folder.check_layout(recipe, ranks)
     return recipe
 
 

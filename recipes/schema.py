@@ -17,7 +17,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from pipeline.data.config import BatchConfig, DataConfig
 from pipeline.models.config import ModelConfig
-from pipeline.quantizers import QuantizerConfig
+from pipeline.quantizers import Quantizer, QuantizerConfig
+from pipeline.quantizers.registry import KINDS
 from pipeline.training.config import CodebookConfig, EngineConfig, OptimizerConfig, ScheduleConfig, TrainingConfig
 
 RECIPE_FOLDER = Path(__file__).parent
@@ -63,10 +64,13 @@ class Recipe(BaseModel):
                 f"batch.{other}={getattr(self.batch, other)} means nothing for model.kind={self.model.kind}: "
                 f"use batch.{wanted}"
             )
-        if self.quantizer.kind == "identity" and self.codebooks.initialise != "none":
+        settable = [
+            kind for kind, (_, quantizer) in KINDS.items() if quantizer.set_codebook is not Quantizer.set_codebook
+        ]
+        if self.codebooks.initialise != "none" and self.quantizer.kind not in settable:
             raise ValueError(
-                f"codebooks.initialise={self.codebooks.initialise} needs a codebook, quantizer.kind=identity "
-                "has none: use none"
+                f"codebooks.initialise={self.codebooks.initialise} can't set the codes of quantizer.kind="
+                f"{self.quantizer.kind}: use none, or quantizer.kind={_any_of(settable)}"
             )
         if self.schedule.warmup_steps + self.schedule.hold_steps > self.training.steps:
             raise ValueError(

@@ -6,16 +6,15 @@ divides by the step's global number of targets (design rule 3).
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from torch import Tensor
 
 from pipeline.quantizers import QuantizerOutput
 
 
-@dataclass
-class StepOutput:
-    """The result of one forward in training."""
+class StepOutput(NamedTuple):
+    """The result of one forward in training; a tuple for ZeRO 3's sake, see QuantizerOutput."""
 
     losses: dict[str, Tensor]
     """Name → scalar, each summed over the micro-batch's targets."""

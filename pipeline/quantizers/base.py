@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field, model_validator
@@ -55,9 +55,11 @@ class ReplacementOptions(BaseModel):
         return self
 
 
-@dataclass
-class QuantizerOutput:
-    """What one forward gives; ``...`` is the latents' leading shape."""
+class QuantizerOutput(NamedTuple):
+    """What one forward gives; ``...`` is the latents' leading shape.
+
+    A tuple, because ZeRO 3 hooks into the tensors of a module's output and looks for them in tuples and dicts only.
+    """
 
     vectors: Tensor
     """``(..., dim)``, dtype of the latents, differentiable; zeros where the mask is False."""
@@ -67,7 +69,7 @@ class QuantizerOutput:
     """Name → fp32 scalar, already weighted, mean over real tokens; 0 when there are none."""
     usage: Tensor
     """``(groups, codes)`` fp32: how often each code was chosen in this call."""
-    metrics: dict[str, Tensor] = field(default_factory=dict)
+    metrics: dict[str, Tensor]
     """Name → detached scalar, for the log; may be empty."""
 
 

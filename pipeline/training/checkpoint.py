@@ -149,23 +149,31 @@ def find_latest(folder: Path) -> tuple[Path | None, list[str]]:
     return None, passed_over
 
 
-def load_checkpoint(engine: DeepSpeedEngine, checkpoint: Path, zero_stage: int) -> CheckpointManifest:
-    """Restore weights, optimiser and codebooks into ``engine``, bit for bit.
+def check_layout(checkpoint: Path, world_size: int, zero_stage: int) -> CheckpointManifest:
+    """The manifest of a checkpoint that ``world_size`` ranks under ``zero_stage`` can load.
 
-    Raises :class:`CheckpointError` when the checkpoint was written by another number of ranks or another ZeRO stage.
+    Raises :class:`CheckpointError` when another number of ranks or another stage wrote it.
     """
     manifest = read_manifest(checkpoint)
-    world_size = collectives.world_size()
     if manifest.world_size != world_size:
         raise CheckpointError(
             f"{checkpoint} was written by {manifest.world_size} ranks and {world_size} are here: "
-            f"resume with --ranks {manifest.world_size}"
+            f"resume with {manifest.world_size} ranks"
         )
     if manifest.zero_stage != zero_stage:
         raise CheckpointError(
             f"{checkpoint} was written with engine.zero_stage={manifest.zero_stage}, not {zero_stage}: "
             f"resume with engine.zero_stage={manifest.zero_stage}"
         )
+    return manifest
+
+
+def load_checkpoint(engine: DeepSpeedEngine, checkpoint: Path, zero_stage: int) -> CheckpointManifest:
+    """Restore weights, optimiser and codebooks into ``engine``, bit for bit.
+
+    Raises :class:`CheckpointError` when the checkpoint was written by another number of ranks or another ZeRO stage.
+    """
+    manifest = check_layout(checkpoint, collectives.world_size(), zero_stage)
     path, _ = engine.load_checkpoint(str(checkpoint.parent), tag=checkpoint.name)
     if path is None:
         raise CheckpointError(f"DeepSpeed found nothing to load in {checkpoint}")

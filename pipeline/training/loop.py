@@ -54,7 +54,8 @@ def train(recipe: Recipe, run_dir: str | Path) -> Run:
     dataset = ShardedDataset(recipe.data_folder, recipe.data.split)
     plan = SamplingPlan(dataset, recipe.batch, recipe.data, recipe.seed)
     model = build_model(recipe.model, recipe.quantizer).to(device)
-    sync = CodebookSync(model)
+    optimizer = build_optimizer(model, recipe.optimizer)
+    sync = CodebookSync(model, optimizer=optimizer)
     accumulation = recipe.batch.micro_batches // collectives.world_size()
     checkpoint = _latest_on_all_ranks(run)
     collation = build_collation(recipe)
@@ -76,7 +77,7 @@ def train(recipe: Recipe, run_dir: str | Path) -> Run:
         batches = (batch.to(device) for step in first_steps for batch in step)
         initialise_codebooks(model, batches, method="kmeans")
 
-    engine = build_engine(model, build_optimizer(model, recipe.optimizer), recipe.engine, accumulation)
+    engine = build_engine(model, optimizer, recipe.engine, accumulation)
     start = 0
     if checkpoint is not None:
         manifest = load_checkpoint(engine, checkpoint, recipe.engine.zero_stage)
@@ -134,29 +135,8 @@ def train(recipe: Recipe, run_dir: str | Path) -> Run:
 
 
 def claim_run_folder(run: Run, recipe: Recipe) -> None:
-    """Write RUN/recipe.yaml, or compare with the one that is there.
-
-    A resumed run may change how long, how often it logs and saves, where the data lies and how the engine works;
-    anything that would make another run of it is refused with each changed key.
-    """
-    from recipes.schema import RecipeError, changed_keys
-
-    may_change = (
-        "training.",
-        "engine.",
-        "data.path",
-        "data.prefetch",
-        "data.threads",
-        "codebooks.check_every",
-        "description",
-    )
-    changed = changed_keys(run.recipe(), recipe) if run.exists() else {}
-    refused = {key: values for key, values in changed.items() if not key.startswith(may_change)}
-    if refused:
-        lines = "\n".join(f"  {key}: {old!r} there, {new!r} here" for key, (old, new) in refused.items())
-        raise RecipeError(
-            f"{run.path} was trained by another recipe:\n{lines}\nchange these back, or give another --run folder"
-        )
+    """Write RUN/recipe.yaml. Raises RecipeError when the folder holds a run of another recipe."""
+    run.check_recipe(recipe)
     collectives.barrier()
     if collectives.rank() == 0:
         run.path.mkdir(parents=True, exist_ok=True)

@@ -10,10 +10,21 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pipeline.training.checkpoint import CheckpointError, find_latest, list_checkpoints
+from pipeline.training.checkpoint import CheckpointError, check_layout, find_latest, list_checkpoints
 
 if TYPE_CHECKING:
     from recipes.schema import Recipe
+
+MAY_CHANGE = (
+    "training.",
+    "engine.",
+    "data.path",
+    "data.prefetch",
+    "data.threads",
+    "codebooks.check_every",
+    "description",
+)
+"""Keys of a recipe that may differ when a run is resumed."""
 
 
 class Run:
@@ -55,6 +66,28 @@ class Run:
                 f"{self.path} is not a run folder (no recipe.yaml): give the --run folder of `tessera train`"
             )
         return load_recipe(self.recipe_file)
+
+    def check_recipe(self, recipe: Recipe) -> None:
+        """Raise RecipeError unless the folder is new or ``recipe`` continues its run.
+
+        A resumed run may change how long it is, how often it logs and saves, where the data lies and how the engine
+        works; anything that would make another run of it is refused with each changed key.
+        """
+        from recipes.schema import RecipeError, changed_keys
+
+        changed = changed_keys(self.recipe(), recipe) if self.exists() else {}
+        refused = {key: values for key, values in changed.items() if not key.startswith(MAY_CHANGE)}
+        if refused:
+            lines = "\n".join(f"  {key}: {old!r} there, {new!r} here" for key, (old, new) in refused.items())
+            raise RecipeError(
+                f"{self.path} was trained by another recipe:\n{lines}\nchange these back, or give another --run folder"
+            )
+
+    def check_layout(self, recipe: Recipe, ranks: int) -> None:
+        """Raise CheckpointError unless ``ranks`` ranks under the recipe's ZeRO stage can load the latest checkpoint."""
+        checkpoints = self.list_checkpoints()
+        if checkpoints:
+            check_layout(checkpoints[-1], ranks, recipe.engine.zero_stage)
 
     def environment(self) -> dict[str, Any]:
         """Versions, hosts and process ids of the last start."""

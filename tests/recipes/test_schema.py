@@ -49,7 +49,12 @@ def test_another_quantizer_kind_drops_the_old_kinds_options():
         (SPEECH, ["batch.samples=4", "batch.seconds=null"], "batch.seconds is missing: model.kind=wav2vec2"),
         (IMAGE, ["schedule.warmup_steps=100000"], "outlast training.steps="),
         (IMAGE, ["schedule.hold_steps=5"], "hold_steps=5 means nothing for kind="),
-        (IMAGE, ["quantizer.kind=identity", "codebooks.initialise=kmeans"], "quantizer.kind=identity has none"),
+        (
+            IMAGE,
+            ["quantizer.kind=identity", "codebooks.initialise=kmeans"],
+            "can't set the codes of quantizer.kind=identity",
+        ),
+        (IMAGE, ["quantizer.kind=gumbel", "codebooks.initialise=kmeans"], "use none, or quantizer.kind=ema, ksom, "),
         (IMAGE, ["nonsense"], "override 'nonsense' is not key=value"),
         (IMAGE, ["training.steps.x=1"], "steps holds "),
         ("speech/no_such", [], "use a YAML file or one of "),

@@ -15,8 +15,10 @@ import pytest
 import torch
 
 from launch.local import local_command
-from pipeline.training.checkpoint import find_damage, find_latest, list_checkpoints, read_weights
+from launch.start import check_run
+from pipeline.training.checkpoint import CheckpointError, find_damage, find_latest, list_checkpoints, read_weights
 from pipeline.training.run_folder import Run
+from recipes.schema import RecipeError
 
 STEPS = 12
 OVERRIDES = [
@@ -150,17 +152,20 @@ def test_a_damaged_checkpoint_is_named_and_passed_over(undisturbed, tmp_path):
     assert find_latest(folder) == (previous, [])
 
 
-def test_a_resume_with_another_recipe_names_what_changed(image_dataset, undisturbed):
-    process = _start(image_dataset, undisturbed.path, 1, "quantizer.decay=0.5")
-    code, output = _finish(process)
-    assert code != 0
-    assert "quantizer.decay: 0.99 there, 0.5 here" in output
-
-
-def test_a_resume_on_another_number_of_ranks_says_what_would_do(image_dataset, undisturbed):
-    code, output = _finish(_start(image_dataset, undisturbed.path, 1, f"training.steps={STEPS + 1}"))
-    assert code != 0
-    assert "was written by 2 ranks and 1 are here: resume with --ranks 2" in output
+@pytest.mark.parametrize(
+    ("ranks", "change", "message"),
+    [
+        (2, "quantizer.decay=0.5", "quantizer.decay: 0.99 there, 0.5 here"),
+        (1, f"training.steps={STEPS + 1}", "was written by 2 ranks and 1 are here: resume with 2 ranks"),
+        (2, "engine.zero_stage=1", "was written with engine.zero_stage=2, not 1: resume with engine.zero_stage=2"),
+    ],
+)
+def test_a_resume_that_cannot_work_is_refused_before_a_rank_starts(image_dataset, undisturbed, ranks, change, message):
+    with pytest.raises((RecipeError, CheckpointError)) as refused:
+        check_run(
+            "image/autoencoder_tiny_ksom", [f"data.path={image_dataset}", *OVERRIDES, change], undisturbed.path, ranks
+        )
+    assert message in str(refused.value)
 
 
 def test_environment_tells_versions_and_processes(undisturbed):
