@@ -247,7 +247,6 @@ def tokenize(
 ) -> None:
     """A data set's codes as WebDataset shards, through Ray."""
     from pipeline.export import tokenize as tokenize_dataset
-
     from pipeline.ray_session import ray_session
 
     with ray_session(ray_address):
