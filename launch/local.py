@@ -15,12 +15,8 @@ from pathlib import Path
 def rank_environment(ranks: int) -> dict[str, str]:
     """Environment of the ranks of one node: the cores are shared out, unless OMP_NUM_THREADS says otherwise."""
     threads = max(1, (os.cpu_count() or 1) // ranks)
-    return {
-        # MKL and oneDNN read it too. Without it every rank takes all cores and they wait for one another.
-        "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(threads)),
-        # gloo announces each connection as a warning.
-        "TORCH_CPP_LOG_LEVEL": os.environ.get("TORCH_CPP_LOG_LEVEL", "ERROR"),
-    }
+    # MKL and oneDNN read it too. Without it every rank takes all cores and they wait for one another.
+    return {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(threads))}
 
 
 def local_command(recipe: str, overrides: Sequence[str], run: Path, ranks: int) -> list[str]:

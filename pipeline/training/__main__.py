@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import logging
+import os
 import sys
 
 
@@ -16,11 +17,12 @@ def main() -> int:
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="dotted overrides")
     # torchrun takes --run for an abbreviation of its own --run-path, even behind the module's name.
     parser.add_argument("--run-dir", required=True, help="run folder; training starts where it left off")
-    arguments, unknown = parser.parse_known_args()
+    arguments, unknown = parser.parse_known_intermixed_args()
     # DeepSpeed's runner appends --local_rank=N; the same number is in the environment.
     rest = [argument for argument in unknown if not argument.startswith("--local_rank")]
     if rest:
         parser.error(f"unknown arguments: {' '.join(rest)}")
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # gloo announces each connection as a warning
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
 
     from pipeline.training.loop import train
