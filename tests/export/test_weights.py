@@ -1,0 +1,96 @@
+"""Exported folders are whole, and the libraries that they are for load them."""
+
+import json
+
+import pytest
+import soundfile  # noqa: F401 - before fairseq2
+import torch
+from fairseq2.models.wav2vec2 import Wav2Vec2Factory
+from fairseq2.nn import BatchLayout
+from safetensors import safe_open
+from safetensors.torch import load_file
+
+from pipeline.export import export
+from pipeline.export import weights as weights_module
+from pipeline.export.huggingface import compare_with_transformers
+from pipeline.models.speech import fairseq2_config
+from pipeline.training.run_folder import Run
+from recipes.schema import load_recipe
+
+
+def test_huggingface_gives_the_runs_features_on_real_clips(small_speech_run, tmp_path):
+    folder = export(small_speech_run, tmp_path / "deep" / "huggingface", format="huggingface")
+    names = {"config.json", "model.safetensors", "preprocessor_config.json", "codebook.safetensors", "recipe.yaml"}
+    assert {file.name for file in folder.iterdir()} == names
+    assert compare_with_transformers(small_speech_run, folder) <= 1e-5
+    assert load_recipe(folder / "recipe.yaml") == Run(small_speech_run).recipe()
+
+
+def test_the_comparison_sees_other_weights(small_speech_run, tmp_path):
+    from safetensors.torch import save_file
+
+    folder = export(small_speech_run, tmp_path / "huggingface")
+    weights = load_file(folder / "model.safetensors")
+    weights["encoder.layer_norm.bias"] += 0.1
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    assert compare_with_transformers(small_speech_run, folder, clips=1) > 1e-3
+
+
+@torch.no_grad()
+def test_fairseq2_loads_it_under_its_own_names(small_speech_run, tmp_path):
+    folder = export(small_speech_run, tmp_path / "fairseq2", format="fairseq2")
+    model, recipe = Run(small_speech_run).load_model()
+    config = fairseq2_config(recipe.model)
+    config.quantized_dim = model.quantizer.dim
+    theirs = Wav2Vec2Factory(config).create_model().eval()
+    state = torch.load(folder / "model.pt", weights_only=True)["model"]
+    missing, unexpected = theirs.load_state_dict(state, strict=False)
+    assert all(name.startswith("quantizer.") for name in [*missing, *unexpected]), (missing, unexpected)
+    waveforms, lengths = torch.randn(2, 16_000), [16_000, 12_345]
+    features, layout, _ = theirs.encoder_frontend.extract_features(waveforms, BatchLayout.of(waveforms, lengths))
+    features, _ = theirs.encoder_frontend.process_features(features, layout, None)
+    assert torch.equal(theirs.encoder(features, layout), model.extract(waveforms, torch.tensor(lengths)))
+    assert torch.equal(theirs.masker.temporal_mask_embed, model.mask_embedding)
+    assert torch.equal(theirs.final_proj.weight, model.context_projection.weight)
+    assert torch.equal(theirs.final_target_proj.weight, model.target_projection.weight)
+
+
+def test_safetensors_holds_the_whole_state(small_image_run, tmp_path):
+    folder = export(small_image_run, tmp_path / "safetensors", format="safetensors")
+    model, recipe = Run(small_image_run).load_model()
+    written, expected = load_file(folder / "model.safetensors"), model.state_dict()
+    assert written.keys() == expected.keys()
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in written.items())
+    with safe_open(folder / "codebook.safetensors", "pt") as file:
+        assert torch.equal(file.get_tensor("codes"), model.quantizer.codebook())
+        assert file.get_tensor("codes").shape == (1, 12, recipe.model.latent_dim)
+        assert json.loads(file.metadata()["quantizer"])["kind"] == "ksom"
+
+
+def test_what_a_format_has_no_model_for_is_refused(small_image_run, tmp_path):
+    with pytest.raises(ValueError, match=r"format=huggingface has no model like autoencoder: use safetensors"):
+        export(small_image_run, tmp_path / "out", format="huggingface")
+    with pytest.raises(ValueError, match=r"format='onnx': use huggingface, fairseq2, safetensors"):
+        export(small_image_run, tmp_path / "out", format="onnx")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_folder_that_holds_something_is_left_alone(small_image_run, tmp_path):
+    (tmp_path / "mine").write_text("keep")
+    with pytest.raises(FileExistsError, match="give a new folder"):
+        export(small_image_run, tmp_path, format="safetensors")
+    assert (tmp_path / "mine").read_text() == "keep"
+    (tmp_path / "empty").mkdir()
+    assert (export(small_image_run, tmp_path / "empty", format="safetensors") / "model.safetensors").is_file()
+
+
+def test_a_failed_export_leaves_nothing(small_image_run, tmp_path, monkeypatch):
+    """The disk is full while the codebook is written."""
+
+    def fail(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(weights_module, "write_codebook", fail)
+    with pytest.raises(OSError, match="No space left"):
+        export(small_image_run, tmp_path / "out", format="safetensors")
+    assert list(tmp_path.iterdir()) == []
