@@ -1,6 +1,6 @@
 # One door in: every target first sets up the locked environment, and only when the lock has changed.
 SHELL := /bin/bash
-PYTHON ?= python3.11
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV := .venv
 BIN := $(VENV)/bin
 UV := $(shell command -v uv 2>/dev/null || echo .uv/bin/uv)
@@ -16,9 +16,11 @@ help:            ## this list
 
 setup: $(VENV)/.ready   ## the locked environment in .venv
 
+# Debian's python3 comes without venv's pip, and other machines without pip outside of a venv: either will do.
 .uv/bin/uv:
-	$(PYTHON) -m venv .uv
-	.uv/bin/pip install --quiet --disable-pip-version-check uv
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info[:2] != (3, 11) and "Python 3.11 is needed: make PYTHON=/path/to/python3.11")'
+	($(PYTHON) -m venv .uv && .uv/bin/pip install --quiet --disable-pip-version-check uv) \
+	    || $(PYTHON) -m pip install --quiet --disable-pip-version-check --target .uv uv
 
 $(VENV)/.ready: $(LOCK) pyproject.toml | $(if $(findstring .uv,$(UV)),.uv/bin/uv)
 	$(UV) venv --quiet --allow-existing --python $(PYTHON) $(VENV)

@@ -23,6 +23,8 @@ from rich.table import Table
 
 RANKS = 2
 SHARD_BYTES = 2**20
+MARKER = ".tessera-demo"
+"""Tells a folder that a demo made, which the next one may empty, from one that it must leave alone."""
 SAMPLES = Path(__file__).parent.parent / "tests" / "data"
 SPEECH_RECIPE = "speech/wav2vec2_tiny_knn"
 IMAGE_RECIPE = "image/autoencoder_tiny_ksom"
@@ -85,10 +87,11 @@ def run_demo(out: Path, samples: Path | None) -> int:
                 f"{samples / kind} does not exist: run the demo from a clone of the repository, "
                 "or give --samples with speech/ and images/"
             )
-    if out.exists() and any(out.iterdir()) and not (out / "data").is_dir():
+    if out.exists() and any(out.iterdir()) and not (out / MARKER).is_file():
         raise FileExistsError(f"--out {out} holds files that no demo made: give an empty or a new folder")
     shutil.rmtree(out, ignore_errors=True)
     out.mkdir(parents=True)
+    (out / MARKER).write_text("made by `tessera demo`, which may empty this folder\n")
     # Nothing may be fetched while it runs: a part that tried to would fail here rather than at the user's.
     os.environ["HF_HUB_OFFLINE"] = "1"
     demo = Demo(out, samples, Console(soft_wrap=True))

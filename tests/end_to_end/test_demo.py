@@ -22,6 +22,7 @@ def test_losses_of_two_attempts_are_compared_step_by_step():
 
 
 def test_a_folder_that_no_demo_made_is_left_alone(tmp_path):
+    (tmp_path / "data").mkdir()
     (tmp_path / "thesis.tex").write_text("years of work")
     command = [sys.executable, "-m", "launch.cli", "demo", "--out", str(tmp_path)]
     result = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
