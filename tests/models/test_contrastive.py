@@ -89,6 +89,36 @@ def test_padding_of_the_negatives_and_other_utterances_change_nothing():
     assert torch.equal(contrast(context, targets, targets, counts, negatives, TEMPERATURE).loss, together.loss)
 
 
+def test_utterances_with_nothing_to_tell_apart_add_nothing():
+    """Rows with no or one masked frame, before, between and behind others."""
+    torch.manual_seed(5)
+    counts = [0, 6, 1, 13, 1]
+    negatives = torch.zeros(len(counts), max(counts), NEGATIVES, dtype=torch.int64)
+    negatives[[1, 3]] = draw([6, 13])
+    context, targets = torch.randn(21, 6, requires_grad=True), torch.randn(21, 6)
+    found = contrast(context, targets, targets, counts, negatives, TEMPERATURE)
+    kept = [*range(6), *range(7, 20)]
+    expected = contrast(context[kept], targets[kept], targets[kept], [6, 13], negatives[[1, 3]], TEMPERATURE)
+    torch.testing.assert_close(found.loss, expected.loss)
+    assert int(found.valid_targets) == int(expected.valid_targets) == 19
+    assert int(found.negatives) == 19 * NEGATIVES
+    found.loss.backward()
+    assert not context.grad[[6, 20]].any()
+    assert (context.grad[kept].abs().sum(dim=1) > 0).all()
+
+
+@pytest.mark.parametrize("frames", [5, 57])
+@pytest.mark.parametrize("dim", [6, 256])
+def test_ties_are_wrong(frames, dim):
+    """Different codes that the projection makes equal: no frame is told from another, whatever products round to."""
+    torch.manual_seed(5)
+    context, targets = torch.randn(frames, dim), torch.randn(1, dim).repeat(frames, 1)
+    found = contrast(context, targets, torch.randn(frames, 8), [frames], draw([frames]), TEMPERATURE)
+    assert int(found.correct) == 0
+    assert int(found.valid_targets) == frames
+    assert float(found.loss / frames) == pytest.approx(math.log(NEGATIVES + 1), rel=1e-4)
+
+
 def test_unrelated_vectors_cost_the_logarithm_of_the_candidates():
     torch.manual_seed(2)
     counts = [400, 400]
