@@ -152,6 +152,8 @@ def verify(dataset: Annotated[Path, typer.Argument(help="Data set folder.")]) ->
     """Check every shard of a data set against its manifest; exit 1 and a list when something is off."""
     from data_prep import verify as find_problems
 
+    if not dataset.is_dir():
+        raise FileNotFoundError(f"{dataset} does not exist: give the folder that `tessera prepare` made")
     problems = find_problems(dataset)
     for problem in problems:
         typer.echo(str(problem), err=True)

@@ -15,6 +15,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+COSINE_ROUNDING = 1e-6
+"""Cosines nearer than this are tied: equal vectors' fp32 products differ by a few 1e-7 with their place in a matrix."""
+
 
 @dataclass
 class ContrastiveOutput:
@@ -61,7 +64,7 @@ def contrast(
         asked = ~equal.all(dim=1)
         logits = torch.cat([right.unsqueeze(1), wrong], dim=1)
         losses.append((logits.logsumexp(dim=1) - right)[asked].sum())
-        correct.append(((right > wrong.amax(dim=1)) & asked).sum())
+        correct.append(((right - wrong.amax(dim=1) > COSINE_ROUNDING / temperature) & asked).sum())
         valid.append(asked.sum())
         valid_negatives.append((~equal).sum())
         drawn_negatives.append(drawn.numel())

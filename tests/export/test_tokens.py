@@ -31,7 +31,10 @@ def stock_reader(out, split):
     """Samples by key, as `webdataset.WebDataset` reads the shards."""
     urls = sorted(str(file) for file in (out / split).glob("shard-*.tar"))
     assert urls
-    return {sample["__key__"]: sample for sample in webdataset.WebDataset(urls, shardshuffle=False).decode()}
+    samples = list(webdataset.WebDataset(urls, shardshuffle=False).decode())
+    by_key = {sample["__key__"]: sample for sample in samples}
+    assert len(by_key) == len(samples), "a sample came twice"
+    return by_key
 
 
 @pytest.mark.parametrize("split", ["train", "validation"])

@@ -10,12 +10,16 @@ from fairseq2.nn import BatchLayout
 from safetensors import safe_open
 from safetensors.torch import load_file
 
+from pipeline.codebooks import CodebookSync
 from pipeline.export import export
 from pipeline.export import weights as weights_module
 from pipeline.export.huggingface import compare_with_transformers
+from pipeline.export.weights import write_codebook
+from pipeline.models import build_model
 from pipeline.models.speech import fairseq2_config
 from pipeline.training.run_folder import Run
 from recipes.schema import load_recipe
+from tests.models.speech import make_batch, tiny_model
 
 
 def test_huggingface_gives_the_runs_features_on_real_clips(small_speech_run, tmp_path):
@@ -67,9 +71,45 @@ def test_safetensors_holds_the_whole_state(small_image_run, tmp_path):
         assert json.loads(file.metadata()["quantizer"])["kind"] == "ksom"
 
 
+def test_safetensors_come_back_as_the_model(small_image_run, tmp_path):
+    """With nothing but the folder: its recipe, its weights."""
+    folder = export(small_image_run, tmp_path / "safetensors", format="safetensors")
+    recipe = load_recipe(folder / "recipe.yaml")
+    rebuilt = build_model(recipe.model, recipe.quantizer).eval()
+    rebuilt.load_state_dict(load_file(folder / "model.safetensors"))
+    pixels = torch.rand(2, 3, 32, 32)
+    for actual, expected in zip(
+        rebuilt.reconstruct(pixels), Run(small_image_run).load_model()[0].reconstruct(pixels), strict=True
+    ):
+        assert torch.equal(actual, expected)
+
+
+@pytest.mark.parametrize("format", ["huggingface", "fairseq2", "safetensors"])
+def test_every_format_brings_the_effective_codes(format, small_speech_run, tmp_path):
+    """What a code decodes to, for each group."""
+    folder = export(small_speech_run, tmp_path / format, format=format)
+    model, _ = Run(small_speech_run).load_model()
+    codes = load_file(folder / "codebook.safetensors")["codes"]
+    assert (codes.shape, codes.dtype) == ((2, 64, 32), torch.float32)
+    decoded = model.quantizer.decode(torch.arange(64).unsqueeze(1).repeat(1, 2))
+    assert torch.equal(codes.transpose(0, 1).reshape(64, 64), decoded)
+
+
+def test_affine_codes_are_written_as_they_are_compared(tmp_path):
+    """Not the codes of the state dict: those are before the affine map."""
+    model = tiny_model({"kind": "affine", "codes": 8, "affine": "running"})
+    model(make_batch(model.config))
+    CodebookSync(model).step()
+    write_codebook(model, load_recipe("speech/wav2vec2_tiny_knn"), tmp_path)
+    codes = load_file(tmp_path / "codebook.safetensors")["codes"]
+    assert torch.equal(codes, model.quantizer.codebook())
+    assert not torch.allclose(codes, model.quantizer.code_vectors().detach())
+
+
 def test_what_a_format_has_no_model_for_is_refused(small_image_run, tmp_path):
-    with pytest.raises(ValueError, match=r"format=huggingface has no model like autoencoder: use safetensors"):
-        export(small_image_run, tmp_path / "out", format="huggingface")
+    for format in ("huggingface", "fairseq2"):
+        with pytest.raises(ValueError, match=rf"format={format} has no model like autoencoder: use safetensors"):
+            export(small_image_run, tmp_path / "out", format=format)
     with pytest.raises(ValueError, match=r"format='onnx': use huggingface, fairseq2, safetensors"):
         export(small_image_run, tmp_path / "out", format="onnx")
     assert list(tmp_path.iterdir()) == []

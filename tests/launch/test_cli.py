@@ -80,8 +80,8 @@ def test_every_command_has_help(command):
             "can't be shared by 4 ranks: use batch.micro_batches=4, 8 or 12, or 1, 2, 3 or 6 ranks",
         ),
         (["inspect", "nowhere"], "nowhere does not exist"),
-        (["evaluate", "nowhere"], "nowhere is no run folder"),
-        (["verify", "nowhere"], "nowhere"),
+        (["evaluate", "nowhere"], "nowhere is not a run folder"),
+        (["verify", "nowhere"], "nowhere does not exist"),
     ],
 )
 def test_a_request_that_cannot_be_carried_out_exits_2_and_says_why(arguments, message, tmp_path, monkeypatch):
