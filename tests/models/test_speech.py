@@ -35,7 +35,7 @@ def test_every_kind_of_a_recipe_trains(kind):
     recipe = load_recipe("speech/wav2vec2_tiny_knn", {"quantizer.kind": kind} | grid | sizes | start)
     torch.manual_seed(recipe.seed)
     model = build_model(recipe.model, recipe.quantizer).train()
-    batch = make_batch(recipe.model, [40_000] * 4)  # as many tokens as knn_simplex asks for
+    batch = make_batch(recipe.model, [40_000] * 5)  # as many tokens as knn_simplex asks for
     loss = total(model(batch)) / batch.targets
     loss.backward()
     assert torch.isfinite(loss)
