@@ -11,6 +11,7 @@ import math
 import os
 import shutil
 import signal
+import sys
 import threading
 import time
 from collections.abc import Callable
@@ -303,7 +304,8 @@ def _print_summary(demo: Demo, seconds: float) -> None:
         table.add_row(part.title, part.result, str(part.place), f"{part.seconds:.0f}")
     table.add_row("[bold]all", "", str(demo.out), f"[bold]{seconds:.0f}")
     demo.console.print(table)
-    demo.console.print("Three commands to try next:")
+    environment = os.path.relpath(sys.prefix)
+    demo.console.print(f"Three commands to try next (after `. {environment}/bin/activate`):", highlight=False)
     for command in (
         f"tessera inspect {demo.image_run}",
         f"tessera train {IMAGE_RECIPE} data.path={demo.image_data} quantizer.kind=ema "

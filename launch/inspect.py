@@ -18,12 +18,14 @@ from rich.table import Table
 def print_contents(path: Path, console: Console | None = None) -> None:
     """Print what ``path`` holds."""
     kind, values = contents(path)
-    table = Table(title=f"{path}: {kind}", show_header=False, title_justify="left")
+    console = console or Console()
+    console.print(f"{path}: {kind}", soft_wrap=True, highlight=False)
+    table = Table(show_header=False)
     table.add_column(style="bold")
     table.add_column(overflow="fold")
     for key, value in values.items():
         table.add_row(key, str(value))
-    (console or Console()).print(table)
+    console.print(table)
 
 
 def contents(path: Path) -> tuple[str, dict[str, Any]]:
@@ -82,5 +84,20 @@ def _run(path: Path) -> dict[str, Any]:
 
 
 def _manifest(file: Path) -> dict[str, Any]:
+    """A prepared data set, or a set of tokens: both list their shards by split."""
     values = json.loads(file.read_text())
-    return {key: len(value) if isinstance(value, list) else value for key, value in values.items()}
+    facts = {key: value for key, value in values.items() if key != "splits" and value is not None}
+    if isinstance(facts.get("classes"), list):
+        names = facts["classes"]
+        facts["classes"] = f"{len(names)}: {', '.join(names[:5])}{', …' if len(names) > 5 else ''}"
+    for name, split in values.get("splits", {}).items():
+        shards = split["shards"]
+        total = {key: sum(shard.get(key, 0) for shard in shards) for key in ("samples", "seconds", "tokens", "bytes")}
+        amounts = [
+            f"{total['samples']:,} samples",
+            f"{total['seconds'] / 3600:.2f} h" if total["seconds"] else "",
+            f"{total['tokens']:,} tokens" if total["tokens"] else "",
+            f"{len(shards)} shards, {total['bytes'] / 1e6:.1f} MB",
+        ]
+        facts[f"split {name}"] = ", ".join(filter(None, amounts))
+    return facts
