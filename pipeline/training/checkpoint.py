@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 from pydantic import BaseModel, ConfigDict
 
 from pipeline import collectives
+from pipeline.data.manifest import fsync_folder, write_whole
 
 if TYPE_CHECKING:
     import torch
@@ -90,12 +91,11 @@ def save_checkpoint(
             codebook_checksum=codebook_checksum,
             files={str(file.relative_to(partial)): _digest(file) for file in _files(partial)},
         )
-        _write_synced(partial / MANIFEST, manifest.model_dump_json(indent=1))
-        _sync_folder(partial)
+        write_whole(partial / MANIFEST, manifest.model_dump_json(indent=1).encode())
         if target.exists():  # the same step again, after a resume from an older checkpoint
             shutil.rmtree(target)
         partial.rename(target)
-        _sync_folder(folder)
+        fsync_folder(folder)
         for old in list_checkpoints(folder)[:-keep]:
             shutil.rmtree(old)
     collectives.barrier()
@@ -209,21 +209,6 @@ def _digest(file: Path) -> tuple[int, str]:
         digest = hashlib.file_digest(stream, "sha256").hexdigest()
         os.fsync(stream.fileno())
     return file.stat().st_size, digest
-
-
-def _write_synced(file: Path, text: str) -> None:
-    with file.open("w") as stream:
-        stream.write(text)
-        stream.flush()
-        os.fsync(stream.fileno())
-
-
-def _sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def describe(checkpoint: Path) -> dict[str, Any]:

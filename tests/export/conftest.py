@@ -1,4 +1,4 @@
-"""Two runs of two steps, to export and to tokenise with."""
+"""A run of two steps with two groups of codes, to export and to tokenise with."""
 
 from __future__ import annotations
 
@@ -6,14 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.evaluation.conftest import IMAGE, SPEECH, train
-
-
-@pytest.fixture(scope="session")
-def small_image_run(image_dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A Kohonen autoencoder of 12 codes, 32-pixel images: 8 × 8 tokens each."""
-    run = tmp_path_factory.mktemp("runs") / "images"
-    return train("image/autoencoder_tiny_ksom", image_dataset, run, 2, *IMAGE)
+from tests.conftest import SPEECH, train
 
 
 @pytest.fixture(scope="session")

@@ -59,9 +59,9 @@ def test_fairseq2_loads_it_under_its_own_names(small_speech_run, tmp_path):
     assert torch.equal(theirs.final_target_proj.weight, model.target_projection.weight)
 
 
-def test_safetensors_holds_the_whole_state(small_image_run, tmp_path):
-    folder = export(small_image_run, tmp_path / "safetensors", format="safetensors")
-    model, recipe = Run(small_image_run).load_model()
+def test_safetensors_holds_the_whole_state(image_run, tmp_path):
+    folder = export(image_run, tmp_path / "safetensors", format="safetensors")
+    model, recipe = Run(image_run).load_model()
     written, expected = load_file(folder / "model.safetensors"), model.state_dict()
     assert written.keys() == expected.keys()
     assert all(torch.equal(tensor, expected[name]) for name, tensor in written.items())
@@ -71,15 +71,15 @@ def test_safetensors_holds_the_whole_state(small_image_run, tmp_path):
         assert json.loads(file.metadata()["quantizer"])["kind"] == "ksom"
 
 
-def test_safetensors_come_back_as_the_model(small_image_run, tmp_path):
+def test_safetensors_come_back_as_the_model(image_run, tmp_path):
     """With nothing but the folder: its recipe, its weights."""
-    folder = export(small_image_run, tmp_path / "safetensors", format="safetensors")
+    folder = export(image_run, tmp_path / "safetensors", format="safetensors")
     recipe = load_recipe(folder / "recipe.yaml")
     rebuilt = build_model(recipe.model, recipe.quantizer).eval()
     rebuilt.load_state_dict(load_file(folder / "model.safetensors"))
     pixels = torch.rand(2, 3, 32, 32)
     for actual, expected in zip(
-        rebuilt.reconstruct(pixels), Run(small_image_run).load_model()[0].reconstruct(pixels), strict=True
+        rebuilt.reconstruct(pixels), Run(image_run).load_model()[0].reconstruct(pixels), strict=True
     ):
         assert torch.equal(actual, expected)
 
@@ -106,25 +106,25 @@ def test_affine_codes_are_written_as_they_are_compared(tmp_path):
     assert not torch.allclose(codes, model.quantizer.code_vectors().detach())
 
 
-def test_what_a_format_has_no_model_for_is_refused(small_image_run, tmp_path):
+def test_what_a_format_has_no_model_for_is_refused(image_run, tmp_path):
     for format in ("huggingface", "fairseq2"):
         with pytest.raises(ValueError, match=rf"format={format} has no model like autoencoder: use safetensors"):
-            export(small_image_run, tmp_path / "out", format=format)
+            export(image_run, tmp_path / "out", format=format)
     with pytest.raises(ValueError, match=r"format='onnx': use huggingface, fairseq2, safetensors"):
-        export(small_image_run, tmp_path / "out", format="onnx")
+        export(image_run, tmp_path / "out", format="onnx")
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_folder_that_holds_something_is_left_alone(small_image_run, tmp_path):
+def test_a_folder_that_holds_something_is_left_alone(image_run, tmp_path):
     (tmp_path / "mine").write_text("keep")
     with pytest.raises(FileExistsError, match="give a new folder"):
-        export(small_image_run, tmp_path, format="safetensors")
+        export(image_run, tmp_path, format="safetensors")
     assert (tmp_path / "mine").read_text() == "keep"
     (tmp_path / "empty").mkdir()
-    assert (export(small_image_run, tmp_path / "empty", format="safetensors") / "model.safetensors").is_file()
+    assert (export(image_run, tmp_path / "empty", format="safetensors") / "model.safetensors").is_file()
 
 
-def test_a_failed_export_leaves_nothing(small_image_run, tmp_path, monkeypatch):
+def test_a_failed_export_leaves_nothing(image_run, tmp_path, monkeypatch):
     """The disk is full while the codebook is written."""
 
     def fail(*_):
@@ -132,5 +132,5 @@ def test_a_failed_export_leaves_nothing(small_image_run, tmp_path, monkeypatch):
 
     monkeypatch.setattr(weights_module, "write_codebook", fail)
     with pytest.raises(OSError, match="No space left"):
-        export(small_image_run, tmp_path / "out", format="safetensors")
+        export(image_run, tmp_path / "out", format="safetensors")
     assert list(tmp_path.iterdir()) == []

@@ -69,6 +69,16 @@ def test_the_loss_is_on_normalised_pixels_and_the_metric_on_pixels(deviation):
     )
 
 
+def test_a_net_in_bf16_is_measured_against_the_pixels_themselves():
+    """And not against pixels rounded to bf16, of which one in two is off by a quarter of a grey level or more."""
+    model = tiny().to(torch.bfloat16)
+    batch = batch_of(torch.randint(0, 256, (2, 3, 16, 16)) / 255)
+    output = model(batch)
+    decoded = model._decode(output.quantizer.vectors).float() * 0.5 + 0.5
+    error = (decoded - batch.pixels).square().sum().detach()
+    torch.testing.assert_close(output.metrics["mse"][0], error, rtol=1e-5, atol=0)
+
+
 def test_images_alone_add_up_to_the_batch():
     together, alone = tiny(), tiny()
     batch = batch_of(torch.rand(3, 3, 16, 16))

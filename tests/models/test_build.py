@@ -47,6 +47,10 @@ def test_groups_that_do_not_divide_the_models_dimension_are_refused():
         ({"heads": 5}, "heads=5 can't share model_dim=24"),
         ({"position_groups": 5}, "position_groups=5 can't share model_dim=24"),
         ({"conv_layers": [(16, 400, 320), (16, 80, 80)]}, "more than a second of audio"),
+        ({"conv_layers": [(16, 10, 5), (16, 3, 0)]}, r"conv_layers\[1\]=\[16, 3, 0\] is no convolution: use"),
+        ({"conv_layers": [(16, 0, 5)]}, r"conv_layers\[0\]=\[16, 0, 5\] is no convolution: use"),
+        ({"conv_layers": [(0, 10, 5)]}, r"conv_layers\[0\]=\[0, 10, 5\] is no convolution: use"),
+        ({"feature_gradient_scale": 0}, "greater than 0"),  # fairseq2 would refuse it, but only on the ranks
         ({"width": 3}, "Extra inputs are not permitted"),
     ],
 )
