@@ -42,7 +42,7 @@ class Wav2Vec2Config(BaseModel):
     ffn_dropout: float = Field(0.0, ge=0, lt=1, description="inside the feed-forward layers")
     feature_dropout: float = Field(0.1, ge=0, lt=1, description="of the extractor's output, and of the targets' input")
     layer_drop: float = Field(0.05, ge=0, lt=1, description="share of transformer layers left out in a forward")
-    feature_gradient_scale: float = Field(0.1, ge=0, le=1, description="factor on the extractor's gradient")
+    feature_gradient_scale: float = Field(0.1, gt=0, le=1, description="factor on the extractor's gradient")
     final_dim: int = Field(256, ge=1, description="dimension in which context and targets are compared")
     logit_temperature: float = Field(0.1, gt=0, description="κ: cosine similarities are divided by it")
     feature_penalty: float = Field(10.0, ge=0, description="weight of the features' mean square")
@@ -55,6 +55,12 @@ class Wav2Vec2Config(BaseModel):
 
     @model_validator(mode="after")
     def _sizes_fit(self) -> Wav2Vec2Config:
+        for number, layer in enumerate(self.conv_layers):
+            if min(layer) < 1:
+                raise ValueError(
+                    f"conv_layers[{number}]={list(layer)} is no convolution: use [channels, kernel, stride], each 1 or "
+                    "more, such as [512, 3, 2]"
+                )
         if self.model_dim % self.heads:
             divisors = [number for number in range(1, 65) if self.model_dim % number == 0]
             raise ValueError(
