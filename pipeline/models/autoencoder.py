@@ -43,10 +43,11 @@ class Autoencoder(nn.Module):
 
     def forward(self, batch: ImageBatch) -> StepOutput:
         """Losses and metrics of one micro-batch."""
-        images = self._normalise(batch.pixels.to(next(self.decoder.parameters()).dtype))
-        output = self.quantizer(self._encode(images))
+        images = self._normalise(batch.pixels)
+        # Only what enters the net takes its precision: targets in bf16 would be off by up to half a grey level.
+        output = self.quantizer(self._encode(images.to(next(self.decoder.parameters()).dtype)))
         decoded = self._decode(output.vectors)
-        squared = (decoded.float() - images.float()).square().sum()
+        squared = (decoded.float() - images).square().sum()
         values = torch.tensor(float(batch.targets), device=squared.device)
         return StepOutput(
             losses={"reconstruction": squared} | quantizer_losses(output, batch.targets),

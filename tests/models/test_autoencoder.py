@@ -70,7 +70,7 @@ def test_the_loss_is_on_normalised_pixels_and_the_metric_on_pixels(deviation):
 
 
 def test_a_net_in_bf16_is_measured_against_the_pixels_themselves():
-    """And not against pixels rounded to bf16, of which one in two is off by a quarter of a grey level or more."""
+    """And not against pixels rounded to bf16, which are off by up to half a grey level."""
     model = tiny().to(torch.bfloat16)
     batch = batch_of(torch.randint(0, 256, (2, 3, 16, 16)) / 255)
     output = model(batch)
