@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+import math
 import tarfile
 import time
 from collections.abc import Iterator
@@ -21,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 from pipeline.data import ShardedDataset, read_manifest
 from pipeline.data.config import SAMPLE_RATE
 from pipeline.data.manifest import MANIFEST_NAME, write_whole
+from pipeline.training.checkpoint import MANIFEST
 from pipeline.training.run_folder import Run
 
 if TYPE_CHECKING:
@@ -72,6 +74,9 @@ def tokenize(run: str | Path, dataset: str | Path, out: str | Path) -> TokenSumm
     checkpoint = trained.latest_checkpoint()
     if checkpoint is None:
         raise ValueError(f"{trained.path} holds no whole checkpoint: train first")
+    # A worker outlives this call, and by the next another run may lie at the same path: content names the model.
+    content = (checkpoint / MANIFEST).read_bytes() + trained.recipe_file.read_bytes()
+    model_hash = hashlib.sha256(content).hexdigest()
     tasks = [(split, shard) for split, entry in manifest.splits.items() for shard in range(len(entry.shards))]
     results: dict[tuple[str, int], dict[str, Any]] = {}
     with ray_session() as resources:
@@ -80,7 +85,7 @@ def tokenize(run: str | Path, dataset: str | Path, out: str | Path) -> TokenSumm
         waiting, running = iter(tasks), {}
         while True:
             for task in waiting:
-                running[remote.remote(trained.path, checkpoint, source, *task, out.resolve())] = task
+                running[remote.remote(trained.path, checkpoint, model_hash, source, *task, out.resolve())] = task
                 if len(running) >= at_once:
                     break
             if not running:
@@ -97,6 +102,7 @@ def tokenize(run: str | Path, dataset: str | Path, out: str | Path) -> TokenSumm
         "quantizer": recipe.quantizer.kind,
         "codes": recipe.quantizer.codes,
         "groups": recipe.quantizer.groups,
+        **_layout(recipe),
         "run": recipe.name,
         "checkpoint": checkpoint.name,
         "source": manifest.fingerprint(""),
@@ -113,7 +119,9 @@ def tokenize(run: str | Path, dataset: str | Path, out: str | Path) -> TokenSumm
     )
 
 
-def _tokenize_shard(run: Path, checkpoint: Path, source: Path, split: str, shard: int, out: Path) -> dict[str, Any]:
+def _tokenize_shard(
+    run: Path, checkpoint: Path, model_hash: str, source: Path, split: str, shard: int, out: Path
+) -> dict[str, Any]:
     """One shard of codes; returns its manifest entry. Runs in a Ray worker."""
     import numpy as np
 
@@ -122,7 +130,9 @@ def _tokenize_shard(run: Path, checkpoint: Path, source: Path, split: str, shard
     first = sum(entry.samples for entry in entries[:shard])
     buffer, tokens = io.BytesIO(), 0
     with tarfile.open(fileobj=buffer, mode="w", format=tarfile.USTAR_FORMAT) as archive:
-        for key, codes, facts in _codes_of(run, checkpoint, dataset, range(first, first + entries[shard].samples)):
+        model, recipe = _load_once(run, checkpoint, model_hash)
+        indexes = range(first, first + entries[shard].samples)
+        for key, codes, facts in _codes_of(model, recipe, dataset, indexes):
             content = io.BytesIO()
             np.save(content, codes)
             _add(archive, f"{key}.npy", content.getvalue())
@@ -141,7 +151,7 @@ def _tokenize_shard(run: Path, checkpoint: Path, source: Path, split: str, shard
 
 
 def _codes_of(
-    run: Path, checkpoint: Path, dataset: ShardedDataset, indexes: range
+    model: Any, recipe: Any, dataset: ShardedDataset, indexes: range
 ) -> Iterator[tuple[str, np.ndarray, dict[str, Any]]]:
     """Key, codes and facts of each sample, whole and unaugmented."""
     import numpy as np
@@ -149,7 +159,6 @@ def _codes_of(
     from pipeline.data import ImageCollation, SampleReference, SpeechBatch
     from pipeline.models import build_collation
 
-    model, recipe = _load_once(run, checkpoint)
     images = dataset.kind == "image"
     collation = ImageCollation(recipe.data, recipe.seed, augment=False) if images else build_collation(recipe)
     # Clips come alone: a group norm over padding would make a clip's codes depend on its neighbours.
@@ -165,25 +174,27 @@ def _codes_of(
             facts: dict[str, Any] = {"tokens": length, "shape": list(kept.shape)}
             if isinstance(batch, SpeechBatch):
                 facts["seconds"] = int(batch.lengths[row]) / SAMPLE_RATE
-                facts["tokens_per_second"] = SAMPLE_RATE / _stride(recipe)
+                facts |= _layout(recipe)
             yield key, kept.numpy().astype(width), facts
 
 
 @lru_cache(maxsize=1)
-def _load_once(run: Path, checkpoint: Path) -> tuple[Any, Any]:
-    """A worker keeps the model for its next shard."""
+def _load_once(run: Path, checkpoint: Path, model_hash: str) -> tuple[Any, Any]:
+    """A worker keeps the model for its next shard. ``model_hash`` is of the recipe and of the checkpoint's manifest,
+    which holds the hashes of its files: paths alone don't tell one model from another.
+    """
     import torch
 
     torch.set_num_threads(1)  # one Ray CPU, one thread
     return Run(run).load_model(checkpoint)
 
 
-def _stride(recipe: Any) -> int:
-    """Audio samples between two frames."""
-    product = 1
-    for _, _, stride in recipe.model.conv_layers:
-        product *= stride
-    return product
+def _layout(recipe: Any) -> dict[str, Any]:
+    """How tokens lie in a sample: ``tokens_per_second`` of speech, the ``latent_grid`` [height, width] of an image."""
+    if recipe.data_kind == "image":
+        side = recipe.data.image_size // 2**recipe.model.downsampling
+        return {"latent_grid": [side, side]}
+    return {"tokens_per_second": SAMPLE_RATE / math.prod(stride for _, _, stride in recipe.model.conv_layers)}
 
 
 def _add(archive: tarfile.TarFile, name: str, content: bytes) -> None:

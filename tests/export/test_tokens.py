@@ -93,6 +93,8 @@ def test_the_manifest_describes_the_bytes(kind, image_tokens, speech_tokens, ima
     assert manifest["kind"] == f"{kind}-codes"
     assert manifest["checkpoint"] == ("step-00000004" if kind == "image" else "step-00000002")
     assert (manifest["codes"], manifest["groups"]) == ((12, 1) if kind == "image" else (64, 2))
+    layout = {"latent_grid": [8, 8]} if kind == "image" else {"tokens_per_second": 50}
+    assert {name: manifest[name] for name in ("latent_grid", "tokens_per_second") if name in manifest} == layout
     shards = [shard for split in manifest["splits"].values() for shard in split["shards"]]
     assert [shard["file"] for shard in shards] == [shard.file for shard in source.shards()]
     for shard in shards:
@@ -121,6 +123,25 @@ def test_the_same_run_makes_the_same_bytes_after_an_interruption(image_tokens, i
     tokenize(image_run, image_dataset, out)
     for file in image_tokens.out.rglob("*.*"):
         assert (out / file.relative_to(image_tokens.out)).read_bytes() == file.read_bytes()
+
+
+def test_another_run_at_the_same_path_is_tokenised_by_its_own_model(
+    small_speech_run, speech_run, speech_dataset, tmp_path
+):
+    """Ray's workers live on and keep their model: they may not keep it for a run that was trained anew since."""
+    run = tmp_path / "run"
+    for number, source in enumerate((small_speech_run, speech_run)):
+        shutil.rmtree(run, ignore_errors=True)
+        shutil.copytree(source, run)
+        [checkpoint] = Run(run).list_checkpoints()
+        checkpoint.rename(checkpoint.with_name("step-00000002"))  # both of the same name
+        tokenize(run, speech_dataset, tmp_path / f"tokens-{number}")
+    groups = [
+        {sample["npy"].shape[1] for sample in stock_reader(tmp_path / f"tokens-{number}", split).values()}
+        for number in (0, 1)
+        for split in ("train", "validation")
+    ]
+    assert groups == [{2}, {2}, {1}, {1}]
 
 
 def test_data_of_another_kind_is_refused(image_run, speech_dataset, tmp_path):
