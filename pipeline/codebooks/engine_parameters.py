@@ -23,25 +23,31 @@ MOMENTS = ("exp_avg", "exp_avg_sq", "momentum_buffer")
 
 @torch.no_grad()
 def write_codes(
-    module: nn.Module, chosen: Tensor, write: Callable[[], None], optimizer: torch.optim.Optimizer | None = None
+    module: nn.Module,
+    chosen: Tensor,
+    write: Callable[[], None],
+    optimizer: torch.optim.Optimizer | None = None,
+    *,
+    forget: bool = True,
 ) -> None:
     """Call ``write``, which changes the codes of ``chosen``, bool ``(groups, codes)``, in ``module``'s own state, and
     carry the change to where an engine keeps copies. Called by every rank with the same values.
 
-    ``optimizer`` is needed for a plain torch optimiser's moments only; an engine's are found from the parameters.
+    ``forget``: whether the optimiser's moments of these codes become zero. ``optimizer`` is needed for a plain torch
+    optimiser's moments only; an engine's are found from the parameters.
     """
     with _whole(list(module.parameters())):
         write()
         written = [(parameter, parameter.detach().float().clone()) for parameter in module.parameters()]
     for parameter, value in written:
-        if value.shape[:2] != chosen.shape:
+        if value.dim() != 3 or value.shape[:2] != chosen.shape:
             continue  # not a parameter by code
         rows = chosen.unsqueeze(-1).expand(value.shape)
         if hasattr(parameter, "_z3_optimizer"):
-            _write_partition(parameter, rows, value)
+            _write_partition(parameter, rows, value, forget)
         elif hasattr(parameter, "_hp_mapping"):
-            _write_fragment(parameter, rows, value)
-        elif optimizer is not None:
+            _write_fragment(parameter, rows, value, forget)
+        elif optimizer is not None and forget:
             for name, moment in optimizer.state.get(parameter, {}).items():
                 if name in MOMENTS:
                     moment[chosen] = 0
@@ -59,7 +65,7 @@ def _whole(parameters: list[nn.Parameter]) -> Iterator[None]:
         yield
 
 
-def _write_fragment(parameter: Any, rows: Tensor, value: Tensor) -> None:
+def _write_fragment(parameter: Any, rows: Tensor, value: Tensor, forget: bool) -> None:
     """ZeRO 1 and 2: this rank keeps a stretch of the flat parameter in fp32, or nothing of it.
 
     Only the chosen codes are written: the others would lose the digits that the engine's precision lacks.
@@ -71,12 +77,12 @@ def _write_fragment(parameter: Any, rows: Tensor, value: Tensor) -> None:
     here = rows.reshape(-1)[address.start : address.start + address.numel]
     new = value.reshape(-1)[address.start : address.start + address.numel]
     mapping.get_hp_fragment()[here] = new[here]
-    for name in MOMENTS:
+    for name in MOMENTS if forget else ():
         if name in (mapping.optim_fragment or {}):
             mapping.get_hp_fragment(name)[here] = 0
 
 
-def _write_partition(parameter: Any, rows: Tensor, value: Tensor) -> None:
+def _write_partition(parameter: Any, rows: Tensor, value: Tensor, forget: bool) -> None:
     """ZeRO 3: every rank keeps an equal part of the flat parameter in fp32, the last one's filled up."""
     from deepspeed.utils import (
         safe_get_local_fp32_param,
@@ -94,7 +100,7 @@ def _write_partition(parameter: Any, rows: Tensor, value: Tensor) -> None:
     new[here] = flat_value[: len(flat_rows)][flat_rows]
     safe_set_local_fp32_param(parameter, new)
     known = {name for state in parameter._z3_optimizer.optimizer.state.values() for name in state}
-    for name in MOMENTS:
+    for name in MOMENTS if forget else ():
         if name in known:
             moment = safe_get_local_optimizer_state(parameter, name).clone()
             moment[here] = 0

@@ -62,7 +62,7 @@ def initialise_codebooks(
 
     found = {}
     for name, quantizer in quantizers.items():
-        latents = samples[name].gather(quantizer.input_dim, quantizer.updates.device, process_group)
+        latents = samples[name].gather(quantizer.codebook_dim, quantizer.updates.device, process_group)
         found[name] = cluster(quantizer.split_groups(latents), quantizer.codes, iterations)
     for name, quantizer in quantizers.items():
         quantizer.set_codebook(*found[name])

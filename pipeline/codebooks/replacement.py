@@ -79,15 +79,16 @@ class Replacement:
         for name, codes in dead.items():
             quantizer = self.quantizers[name]
             sample = self._samples.get(name, LatentSample(0))
-            packed.append(pack(*sample.smallest(quantizer.dim, codes.device), _most_in_a_group(codes)))
+            packed.append(pack(*sample.smallest(quantizer.codebook_dim, codes.device), _most_in_a_group(codes)))
         lengths = [rows.numel() for rows in packed]
         gathered = collectives.all_gather(torch.cat([rows.reshape(-1) for rows in packed]), self.group)
         for (name, codes), part in zip(dead.items(), gathered.split(lengths, dim=1), strict=True):
             quantizer = self.quantizers[name]
-            latents = merge(*unpack(part.reshape(-1, 2 + quantizer.dim)), _most_in_a_group(codes))
+            latents = merge(*unpack(part.reshape(-1, 2 + quantizer.codebook_dim)), _most_in_a_group(codes))
             if len(latents):  # else nothing was watched: the step began before this object did
                 vectors = quantizer.invert(_take_places(name, quantizer, codes, latents))
                 write_codes(quantizer, codes, partial(quantizer.replace_codes, codes, vectors), self.optimizer)
+                quantizer.idle_steps.masked_fill_(codes, 0)
 
 
 def _take_places(name: str, quantizer: Quantizer, dead: Tensor, latents: Tensor) -> Tensor:

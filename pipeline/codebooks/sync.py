@@ -7,12 +7,14 @@ May touch: the codebooks.
 from __future__ import annotations
 
 import hashlib
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from pipeline import collectives
+from pipeline.codebooks.engine_parameters import write_codes
 from pipeline.codebooks.health import CodebookHealth, measure_usage
 from pipeline.codebooks.replacement import Replacement
 from pipeline.quantizers.base import Quantizer
@@ -37,7 +39,9 @@ class CodebookSync:
             for name, module in self.quantizers.items()
         )
         collectives.check_same(layout, "the models' quantizers", process_group)
-        for quantizer in self.quantizers.values():
+        self.optimizer = optimizer
+        for name, quantizer in self.quantizers.items():
+            quantizer.name = name or "quantizer"
             quantizer.process_group = process_group
             for tensor in quantizer.state_dict().values():
                 collectives.broadcast(tensor, 0, process_group)
@@ -60,6 +64,9 @@ class CodebookSync:
             for name, of_quantizer in pending.items():
                 reduced[name] = [next(parts).reshape(tensor.shape) for tensor in of_quantizer]
         for name, quantizer in self.quantizers.items():
+            moved = quantizer.moved_codes(quantizer.named_statistics(reduced.get(name, [])))
+            if moved is not None:
+                write_codes(quantizer, moved[0], partial(quantizer.replace_codes, *moved), self.optimizer, forget=False)
             quantizer.apply_update(reduced.get(name, []))
         replaced = self.replacement.step()
         return CodebookHealth(

@@ -87,9 +87,9 @@ class AffineQuantizer(STEQuantizer):
             torch.where(self.has_statistics, shift, torch.zeros_like(shift)),
         )
 
-    def effective_codes(self) -> Tensor:
+    def effective_codes(self, raw: Tensor) -> Tensor:
         scale, shift = self.scale_and_shift()
-        moved = self._by_block(self.code_vectors()) * scale.unsqueeze(2) + shift.unsqueeze(2)
+        moved = self._by_block(raw) * scale.unsqueeze(2) + shift.unsqueeze(2)
         return self.normalise(moved.reshape(self.groups, self.codes, self.code_dim))
 
     def invert(self, effective: Tensor) -> Tensor:
@@ -100,6 +100,7 @@ class AffineQuantizer(STEQuantizer):
         return raw.reshape(self.groups, self.codes, self.code_dim)
 
     def observe(self, latents: Tensor, codes: Tensor) -> None:
+        super().observe(latents, codes)
         if self.config.affine == "learned":
             return
         # Relative to the running mean, which is the same on all ranks: squares of large numbers would cancel.

@@ -9,11 +9,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 from torch import Tensor, nn
+from torch.nn import functional
+
+from pipeline.quantizers.learned import LinearMap
 
 
 class QuantizerOptions(BaseModel):
@@ -27,13 +30,32 @@ class QuantizerOptions(BaseModel):
 
     @model_validator(mode="after")
     def _groups_divide(self) -> Any:
-        if self.dim is not None and self.dim % self.groups:
-            divisors = [number for number in range(1, self.dim + 1) if self.dim % number == 0]
+        inner = getattr(self, "codebook_dim", None)
+        name, size = ("dim", self.dim) if inner is None else ("codebook_dim", inner)
+        if size is not None and size % self.groups:
+            divisors = [number for number in range(1, size + 1) if size % number == 0]
             raise ValueError(
-                f"dim={self.dim} can't be split into groups={self.groups}: "
+                f"{name}={size} can't be split into groups={self.groups}: "
                 f"use groups={', '.join(map(str, divisors[:8]))}"
             )
         return self
+
+
+class ProjectionOptions(BaseModel):
+    """For kinds whose codes may be smaller than latents."""
+
+    codebook_dim: int | None = Field(
+        None,
+        ge=1,
+        description="size of what is compared with codes, all groups together: latents are projected to it by a "
+        "learned linear map and vectors back by another; none: dim, without maps",
+    )
+
+
+class NormaliseOptions(BaseModel):
+    """For kinds whose latents and codes may be compared by direction only."""
+
+    normalise: Literal["none", "l2"] = Field("none", description="l2: latents and codes of each group to length 1")
 
 
 class ReplacementOptions(BaseModel):
@@ -77,7 +99,7 @@ class QuantizerOutput(NamedTuple):
 class Quantized:
     """What a kind makes of real tokens: the part of :class:`QuantizerOutput` that is its own."""
 
-    vectors: Tensor  # (tokens, dim) fp32
+    vectors: Tensor  # (tokens, codebook_dim) fp32
     codes: Tensor  # (tokens, groups) int64
     losses: dict[str, Tensor]
     metrics: dict[str, Tensor] = field(default_factory=dict)
@@ -96,12 +118,30 @@ class Quantizer(nn.Module):
     updates: Tensor
     idle_steps: Tensor
 
-    def __init__(self, config: Any, *, dim: int, codes: int, groups: int, input_dim: int | None = None) -> None:
+    compares_latents = True
+    """Whether codes lie in the space of the latents, so that the distance between the two means something."""
+
+    def __init__(
+        self,
+        config: Any,
+        *,
+        dim: int,
+        codes: int,
+        groups: int,
+        input_dim: int | None = None,
+        codebook_dim: int | None = None,
+    ) -> None:
         super().__init__()
         self.config = config
         self.dim, self.codes, self.groups = dim, codes, groups
-        self.code_dim = dim // groups
         self.input_dim = dim if input_dim is None else input_dim
+        self.codebook_dim = codebook_dim or getattr(config, "codebook_dim", None) or dim
+        self.code_dim = self.codebook_dim // groups
+        self.project_in: LinearMap | None = None
+        self.project_out: LinearMap | None = None
+        if self.codebook_dim != dim:
+            self.project_in, self.project_out = LinearMap.pair(self.input_dim, self.codebook_dim, dim)
+        self.name = "quantizer"  # in the model: CodebookSync's, for errors
         self.register_buffer("updates", torch.zeros((), dtype=torch.int64))  # optimiser steps done, for schedules
         # Pending statistics are no buffers: DistributedDataParallel would overwrite those by rank 0's.
         self._shapes: dict[str, tuple[int, ...]] = {}
@@ -117,20 +157,28 @@ class Quantizer(nn.Module):
     # -- what a kind implements ------------------------------------------------------------------------------------
 
     def quantize(self, latents: Tensor) -> Quantized:
-        """Quantize real tokens, ``(tokens, input_dim)`` fp32; there may be none of them."""
+        """Quantize real tokens as they are compared with codes, ``(tokens, codebook_dim)`` fp32, or ``input_dim`` where
+        a kind has one of its own; there may be none of them."""
         raise NotImplementedError
 
     def assign(self, latents: Tensor) -> Tensor:
-        """Codes of ``(tokens, input_dim)`` fp32 latents at inference: int64 ``(tokens, groups)``."""
+        """Codes at inference of what :meth:`quantize` gets: int64 ``(tokens, groups)``."""
         raise NotImplementedError
 
     def codebook(self) -> Tensor:
-        """The effective codes: fp32 ``(groups, codes, dim // groups)``, detached; don't write into it."""
+        """The effective codes: fp32 ``(groups, codes, dim // groups)``, detached; don't write into it. With a
+        ``codebook_dim`` that takes the place of ``dim``."""
         raise NotImplementedError
 
     def prepare(self, latents: Tensor) -> Tensor:
-        """Real latents ``(tokens, input_dim)`` as they are compared with codes: normalised, for example."""
-        return latents
+        """Real latents ``(tokens, codebook_dim)`` as they are compared with codes: normalised, for example."""
+        if getattr(self.config, "normalise", "none") == "none":
+            return latents
+        return self.normalise(self.split_groups(latents)).reshape(-1, self.codebook_dim)
+
+    def normalise(self, vectors: Tensor) -> Tensor:
+        """Vectors ``(..., code_dim)`` with the length that the configuration asks for."""
+        return functional.normalize(vectors, dim=-1) if getattr(self.config, "normalise", "none") == "l2" else vectors
 
     def observe(self, latents: Tensor, codes: Tensor) -> None:
         """Add what this kind needs for its update to the pending statistics; called in training only, without grad."""
@@ -139,16 +187,22 @@ class Quantizer(nn.Module):
         """Change the codebook by one optimiser step's statistics, summed over ranks and micro-batches."""
 
     def set_codebook(self, codebook: Tensor, counts: Tensor | None = None) -> None:
-        """Set the effective codes ``(groups, codes, dim // groups)``; ``counts (groups, codes)``: tokens of each."""
+        """Set the effective codes ``(groups, codes, code_dim)``; ``counts (groups, codes)``: tokens of each."""
         raise ValueError(f"quantizer kind {self.config.kind} has no codes that can be set from latents")
 
+    def moved_codes(self, statistics: dict[str, Tensor]) -> tuple[Tensor, Tensor] | None:
+        """Learned codes that one step's statistics move by themselves: which, bool ``(groups, codes)``, and where to,
+        ``(groups, codes, code_dim)`` as this kind keeps them. The caller writes them by :meth:`replace_codes`, since an
+        engine may keep copies of parameters."""
+        return None
+
     def invert(self, effective: Tensor) -> Tensor:
-        """Codes as this kind keeps them, for effective ones; both ``(groups, codes, dim // groups)``."""
+        """Codes as this kind keeps them, for effective ones; both ``(groups, codes, code_dim)``."""
         return effective
 
-    def replace_codes(self, dead: Tensor, vectors: Tensor) -> None:
-        """Write ``vectors``, ``(groups, codes, dim // groups)`` as :meth:`invert` gives them, over the codes of
-        ``dead``, bool ``(groups, codes)``."""
+    def replace_codes(self, chosen: Tensor, vectors: Tensor) -> None:
+        """Write ``vectors``, ``(groups, codes, code_dim)`` as :meth:`invert` gives them, over the codes of ``chosen``,
+        bool ``(groups, codes)``."""
         raise ValueError(f"quantizer kind {self.config.kind} has no codes that can be replaced")
 
     # -- what everyone calls ---------------------------------------------------------------------------------------
@@ -162,13 +216,14 @@ class Quantizer(nn.Module):
         with torch.autocast(z.device.type, enabled=False):
             latents = self.real_latents(z, mask)
             found = self.quantize(latents)
+            vectors = found.vectors if self.project_out is None else self.project_out(found.vectors)
         usage = count_codes(found.codes, self.codes)
         if self.records():
             with torch.no_grad():
                 if self.codes:
                     self.add_statistic("usage", usage)
                 self.observe(latents.detach(), found.codes)
-        vectors = _scatter(found.vectors.to(z.dtype), mask, z.shape[:-1], 0)
+        vectors = _scatter(vectors.to(z.dtype), mask, z.shape[:-1], 0)
         codes = _scatter(found.codes, mask, z.shape[:-1], -1)
         return QuantizerOutput(vectors, codes, found.losses, usage, found.metrics)
 
@@ -193,7 +248,10 @@ class Quantizer(nn.Module):
             )
         vectors = look_up(self.codebook(), codes.reshape(-1, self.groups).clamp(min=0))
         vectors = vectors.reshape(*codes.shape[:-1], self.groups, self.code_dim) * (codes >= 0).unsqueeze(-1)
-        return vectors.reshape(*codes.shape[:-1], self.dim)
+        vectors = vectors.reshape(*codes.shape[:-1], self.codebook_dim)
+        if self.project_out is None:
+            return vectors
+        return self.project_out(vectors) * (codes >= 0).any(dim=-1, keepdim=True)
 
     def records(self) -> bool:
         """Whether a forward now adds statistics: in training, and not while autograd runs, since a forward then is an
@@ -216,16 +274,20 @@ class Quantizer(nn.Module):
         zeros = {name: torch.zeros(shape, device=self.updates.device) for name, shape in self._shapes.items()}
         return [self._pending.get(name, zeros[name]) for name in self._shapes]
 
+    def named_statistics(self, reduced: list[Tensor]) -> dict[str, Tensor]:
+        """What :meth:`pending` gave, summed over ranks, by name; raises ValueError for another layout."""
+        shapes = [tuple(tensor.shape) for tensor in reduced]
+        if shapes != list(self._shapes.values()):
+            raise ValueError(f"statistics have shapes {shapes}: {list(self._shapes.values())} were declared")
+        return dict(zip(self._shapes, reduced, strict=True))
+
     @torch.no_grad()
     def apply_update(self, reduced: list[Tensor]) -> None:
         """Apply one optimiser step's statistics, summed over ranks, and clear the pending ones.
 
         ``reduced`` has the layout of :meth:`pending`; raises ValueError, and changes nothing, when it has not.
         """
-        shapes = [tuple(tensor.shape) for tensor in reduced]
-        if shapes != list(self._shapes.values()):
-            raise ValueError(f"statistics have shapes {shapes}: {list(self._shapes.values())} were declared")
-        statistics = dict(zip(self._shapes, reduced, strict=True))
+        statistics = self.named_statistics(reduced)
         self.update(statistics)
         if self.replace_after and bool(statistics["usage"].any()):
             self.idle_steps.add_(1).masked_fill_(statistics["usage"] > 0, 0)
@@ -239,7 +301,8 @@ class Quantizer(nn.Module):
     # -- inside ----------------------------------------------------------------------------------------------------
 
     def real_latents(self, z: Tensor, mask: Tensor | None) -> Tensor:
-        """The real tokens of ``z``, prepared for comparison with codes: fp32 ``(tokens, input_dim)``."""
+        """The real tokens of ``z``, projected and prepared for comparison with codes: fp32
+        ``(tokens, codebook_dim)``, or ``input_dim`` where a kind has one of its own."""
         if not z.is_floating_point():
             raise ValueError(f"latents have dtype {z.dtype}: use a floating point dtype")
         if z.shape[-1:] != (self.input_dim,):
@@ -252,17 +315,21 @@ class Quantizer(nn.Module):
                 f"mask is {mask.dtype} of shape {tuple(mask.shape)}: use torch.bool of shape {tuple(z.shape[:-1])}"
             )
         latents = (z.reshape(-1, self.input_dim) if mask is None else z[mask]).float()
-        finite = torch.isfinite(latents)
-        if not finite.all():
-            bad = int((~finite).any(dim=-1).sum())
+        # One pass over the latents where all is well: their sum is finite then, unless it overflows.
+        if not torch.isfinite(latents.detach().sum()):
+            self._refuse_infinite(latents)
+        return self.prepare(latents if self.project_in is None else self.project_in(latents))
+
+    def _refuse_infinite(self, latents: Tensor) -> None:
+        bad = int((~torch.isfinite(latents)).any(dim=-1).sum())
+        if bad:
             raise ValueError(
-                f"{bad} of {latents.shape[0]} latents hold NaN or infinity: look for the layer that made them, "
-                "or mask these tokens"
+                f"{self.name}, step {int(self.updates)}: {bad} of {latents.shape[0]} latents hold NaN or infinity: "
+                "look for the layer that made them, or mask these tokens"
             )
-        return self.prepare(latents)
 
     def split_groups(self, latents: Tensor) -> Tensor:
-        """``(tokens, dim)`` → ``(tokens, groups, code_dim)``: group g holds the channels g·code_dim … ."""
+        """``(tokens, codebook_dim)`` → ``(tokens, groups, code_dim)``: group g holds the channels g·code_dim … ."""
         return latents.reshape(-1, self.groups, self.code_dim)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Quantizer:

@@ -13,6 +13,8 @@ from pydantic import Field
 from torch import Tensor
 
 from pipeline.quantizers.base import (
+    NormaliseOptions,
+    ProjectionOptions,
     Quantized,
     Quantizer,
     QuantizerOptions,
@@ -25,7 +27,7 @@ from pipeline.quantizers.base import (
 from pipeline.quantizers.search import nearest_codes
 
 
-class MovingAverageOptions(QuantizerOptions):
+class MovingAverageOptions(QuantizerOptions, ProjectionOptions, NormaliseOptions):
     """What EMA-VQ and the Kohonen map have in common."""
 
     decay: float = Field(0.99, ge=0, lt=1, description="share of the old sums and counts that a step keeps")
@@ -55,7 +57,7 @@ class EMAQuantizer(Quantizer):
         assert config.dim is not None
         super().__init__(config, dim=config.dim, codes=config.codes, groups=config.groups)
         shape = (self.groups, self.codes, self.code_dim)
-        codes = torch.randn(shape, dtype=torch.float32)
+        codes = self.normalise(torch.randn(shape, dtype=torch.float32))
         self.register_buffer("code_vectors", codes)
         # A copy of the codes, not codes · count_init: the published initialisation (section 1.1 of the code read).
         self.register_buffer("code_sums", codes.clone())
@@ -64,7 +66,7 @@ class EMAQuantizer(Quantizer):
 
     def quantize(self, latents: Tensor) -> Quantized:
         codes = self.assign(latents)
-        vectors = look_up(self.code_vectors, codes).reshape(-1, self.dim)
+        vectors = look_up(self.code_vectors, codes).reshape(-1, self.codebook_dim)
         commitment = self.config.commitment * mean_square(vectors - latents)
         return Quantized(straight_through(latents, vectors), codes, {"commitment": commitment})
 
@@ -92,13 +94,13 @@ class EMAQuantizer(Quantizer):
             counts = (counts + epsilon) / (total + self.codes * epsilon) * total
             self.code_counts.copy_(counts)
             self.code_sums.copy_(sums)
-            self.code_vectors.copy_(sums / counts.unsqueeze(-1))
+            self.code_vectors.copy_(self.normalise(sums / counts.unsqueeze(-1)))
             return
         met = new_counts > 0
         self.code_counts.copy_(torch.where(met, counts, self.code_counts))
         met, counts = met.unsqueeze(-1), counts.unsqueeze(-1)
         self.code_sums.copy_(torch.where(met, sums, self.code_sums))
-        self.code_vectors.copy_(torch.where(met, sums / counts, self.code_vectors))
+        self.code_vectors.copy_(torch.where(met, self.normalise(sums / counts), self.code_vectors))
 
     def spread(self, statistics: Tensor) -> Tensor:
         """Share each code's statistics ``(groups, codes, n)`` with its neighbours; here there are none."""
@@ -107,16 +109,16 @@ class EMAQuantizer(Quantizer):
     @torch.no_grad()
     def set_codebook(self, codebook: Tensor, counts: Tensor | None = None) -> None:
         """Counts of at least 1, and sums that fit them, so that the first step moves no code by more than its due."""
-        self.code_vectors.copy_(codebook)
+        self.code_vectors.copy_(self.normalise(codebook))
         self.code_counts.fill_(1.0)
         if counts is not None:
             self.code_counts.copy_(counts.clamp(min=1))
         self.code_sums.copy_(self.code_vectors * self.code_counts.unsqueeze(-1))
 
     @torch.no_grad()
-    def replace_codes(self, dead: Tensor, vectors: Tensor) -> None:
+    def replace_codes(self, chosen: Tensor, vectors: Tensor) -> None:
         """A count of 1: the code is young, and its next tokens may move it far."""
-        self.code_counts.masked_fill_(dead, 1.0)
+        vectors = self.normalise(vectors)
+        self.code_counts.masked_fill_(chosen, 1.0)
         for state in (self.code_vectors, self.code_sums):
-            state.copy_(torch.where(dead.unsqueeze(-1), vectors, state))
-        self.idle_steps.masked_fill_(dead, 0)
+            state.copy_(torch.where(chosen.unsqueeze(-1), vectors, state))

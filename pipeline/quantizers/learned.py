@@ -45,3 +45,23 @@ class LinearHead(nn.Linear):
         """The code with the largest logit, of equal ones the first: int64 ``(tokens, groups)``."""
         rows = max(64, CHUNK_ELEMENTS // self.out_features)
         return torch.cat([self(part).argmax(dim=-1) for part in latents.split(rows)])
+
+
+class LinearMap(nn.Module):
+    """``x Wᵀ + b`` in fp32: ``(..., input_dim)`` → ``(..., output_dim)``."""
+
+    def __init__(self, weight: Tensor) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(weight.to(torch.float32))
+        self.bias = nn.Parameter(torch.zeros(weight.shape[0], dtype=torch.float32))
+
+    def forward(self, vectors: Tensor) -> Tensor:
+        return functional.linear(vectors, self.weight.float(), self.bias.float())
+
+    @classmethod
+    def pair(cls, input_dim: int, inner_dim: int, output_dim: int) -> tuple[LinearMap, LinearMap]:
+        """Maps to a smaller space and back out of it. With equal outer sizes they start as a projection: orthonormal
+        axes, which keep distances within them, and their transpose."""
+        inner = nn.init.orthogonal_(torch.empty(inner_dim, input_dim))
+        outer = inner.T.clone() if input_dim == output_dim else nn.init.orthogonal_(torch.empty(output_dim, inner_dim))
+        return cls(inner), cls(outer)
