@@ -119,3 +119,31 @@ def test_latents_written_as_codes_come_out_unchanged(options):
 def test_blocks_must_share_the_codes():
     with pytest.raises(ValueError, match="affine_groups=5 can't share codes=12 equally: use affine_groups=1, 2, 3, 4"):
         build(affine_groups=5)
+
+
+@pytest.mark.parametrize("affine", ["learned", "running"])
+def test_inner_steps_move_the_effective_codes(affine):
+    """The published layer steps the raw codes after the map was applied and returns stale codes (its defect 6)."""
+    quantizer = build(affine=affine, inner_steps=1, inner_rate=10.0)  # all the way to the means
+    sync = CodebookSync(quantizer)
+    if affine == "learned":
+        quantizer.scale_step.weight.data.fill_(0.7)
+        quantizer.shift_step.weight.data.fill_(-0.2)
+    latents = 2 + torch.randn(200, 4)
+    output = quantizer(latents)
+    map_before = [tensor.detach().clone() for tensor in quantizer.scale_and_shift()]
+    sync.step()
+    scale, shift = map_before
+    raw = quantizer.code_vectors.weight.detach()
+    for code in range(12):
+        members = latents[output.codes[:, 0] == code]
+        if len(members):
+            torch.testing.assert_close(raw[0, code] * scale[0, 0] + shift[0, 0], members.mean(dim=0), atol=1e-5, rtol=0)
+
+
+def test_with_inner_steps_the_map_still_learns_and_the_raw_codes_do_not():
+    quantizer = build(affine="learned", inner_steps=2)
+    sum(quantizer(torch.randn(40, 4)).losses.values()).backward()
+    assert quantizer.code_vectors.weight.grad is None
+    assert quantizer.scale_step.weight.grad.abs().sum() > 0
+    assert quantizer.shift_step.weight.grad.abs().sum() > 0

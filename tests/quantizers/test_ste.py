@@ -100,3 +100,62 @@ def test_the_step_of_a_learned_codebook_belongs_to_the_optimiser():
     health = sync.step()
     assert torch.equal(quantizer.codebook(), CODES)
     assert health.quantizers[0].unused == [1]
+
+
+def test_published_inner_step():
+    """Golden values for one in-place step of lr 1: ρ_k = 2·lr·n_k / (3 tokens · 2 features) = n_k / 3."""
+    quantizer = build(beta=1.0, inner_steps=1, inner_rate=1 / 3)
+    sync = CodebookSync(quantizer)
+    quantizer(LATENTS)
+    assert torch.equal(quantizer.codebook(), CODES)  # a forward moves nothing
+    sync.step()
+    expected = torch.tensor([[0.1, 0.066667], [1.033333, 0.0], [4.0, 0.0]])
+    torch.testing.assert_close(quantizer.codebook()[0], expected, atol=1e-6, rtol=0)
+
+
+def test_inner_steps_are_gradient_steps_on_the_codebook_loss():
+    torch.manual_seed(0)
+    rate, steps, codes = 0.03, 5, 6
+    quantizer = build_quantizer({"kind": "ste", "dim": 4, "codes": codes, "inner_steps": steps, "inner_rate": rate})
+    sync = CodebookSync(quantizer)
+    latents = torch.randn(40, 4)
+    expected = quantizer.codebook()[0].double().requires_grad_()
+    for part in latents.split(25):
+        quantizer(part)
+    chosen = quantizer.encode(latents)[:, 0]
+    optimizer = torch.optim.SGD([expected], lr=rate * codes * 4 / 2)
+    for _ in range(steps):
+        optimizer.zero_grad()
+        (expected[chosen] - latents.double()).square().mean().backward()
+        optimizer.step()
+    sync.step()
+    torch.testing.assert_close(quantizer.codebook()[0].double(), expected.detach(), atol=1e-6, rtol=1e-6)
+
+
+def test_codes_that_make_inner_steps_get_no_gradient_of_the_codebook_loss():
+    quantizer = build(inner_steps=2, beta=0.9)
+    latents = LATENTS.clone().requires_grad_()
+    output = quantizer(latents)
+    sum(output.losses.values()).backward()
+    assert quantizer.code_vectors.weight.grad is None
+    torch.testing.assert_close(latents.grad[0], torch.tensor([0.006667, 0.0]), atol=1e-6, rtol=0)  # commitment stays
+
+
+def test_inner_steps_keep_the_optimisers_moments():
+    quantizer = build(inner_steps=1, sync_nu=1.0)
+    optimizer = torch.optim.Adam(quantizer.parameters(), lr=1e-3)
+    sync = CodebookSync(quantizer, optimizer=optimizer)
+    (quantizer(LATENTS).vectors * UPSTREAM).sum().backward()
+    optimizer.step()
+    before = optimizer.state[quantizer.code_vectors.weight]["exp_avg"].clone()
+    sync.step()
+    assert before[0, 0].abs().sum() > 0
+    assert torch.equal(optimizer.state[quantizer.code_vectors.weight]["exp_avg"], before)
+
+
+def test_a_code_that_gets_most_tokens_goes_no_further_than_their_mean():
+    quantizer = build(inner_steps=1, inner_rate=0.9)
+    sync = CodebookSync(quantizer)
+    quantizer(LATENTS)  # code 0 has 2 of 3 tokens: ρ would be 1.8
+    sync.step()
+    torch.testing.assert_close(quantizer.codebook()[0, 0], LATENTS[:2].mean(dim=0))
