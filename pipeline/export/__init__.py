@@ -6,9 +6,9 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from pipeline.export.tokens import tokenize
-    from pipeline.export.weights import export
+    from pipeline.export.weights import export, load_quantizer
 
-__all__ = ["export", "tokenize"]
+__all__ = ["export", "load_quantizer", "tokenize"]
 
 
 def __getattr__(name: str) -> Any:
@@ -16,6 +16,10 @@ def __getattr__(name: str) -> Any:
         from pipeline.export.weights import export
 
         return export
+    if name == "load_quantizer":
+        from pipeline.export.weights import load_quantizer
+
+        return load_quantizer
     if name == "tokenize":
         from pipeline.export.tokens import tokenize
 

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from pipeline.training.run_folder import Run
 
 if TYPE_CHECKING:
+    from pipeline.quantizers import Quantizer
     from recipes.schema import Recipe
 
 CODEBOOK_FILE = "codebook.safetensors"
@@ -23,8 +24,8 @@ def export(run: str | Path, out: str | Path, format: str = "huggingface") -> Pat
     """Write the weights of ``run``'s latest checkpoint to the new folder ``out`` and return it.
 
     huggingface: a ``Wav2Vec2Model`` folder for transformers; fairseq2: ``model.pt`` with fairseq2's names;
-    safetensors: the whole state dict with ours. Each with ``codebook.safetensors``, ``codes (groups, codes, dim)``
-    fp32, and the recipe.
+    safetensors: the whole state dict with ours. Each with ``codebook.safetensors``, which :func:`load_quantizer` reads,
+    and the recipe.
 
     Raises ValueError for an unknown format, for a format that does not know the model, and FileExistsError when ``out``
     holds something.
@@ -55,13 +56,40 @@ def export(run: str | Path, out: str | Path, format: str = "huggingface") -> Pat
 
 
 def write_codebook(model: Any, recipe: Recipe, folder: Path) -> None:
-    """The effective codes as ``codebook.safetensors``; nothing for a model without any."""
+    """``codebook.safetensors``: the effective ``codes (groups, codes, dim // groups)`` fp32 for readers who only look
+    codes up, and the quantizer's state as ``quantizer.NAME``; nothing for a model without codes."""
     from safetensors.torch import save_file
 
-    if not model.quantizer.codes:
+    quantizer = model.quantizer
+    if not quantizer.codes:
         return
-    settings = {"quantizer": json.dumps(recipe.quantizer.model_dump(mode="json"))}
-    save_file({"codes": model.quantizer.codebook().contiguous().clone()}, folder / CODEBOOK_FILE, metadata=settings)
+    tensors = {"codes": quantizer.codebook().contiguous().clone()}
+    tensors |= {f"quantizer.{name}": tensor.contiguous().clone() for name, tensor in quantizer.state_dict().items()}
+    settings = {"quantizer": json.dumps(quantizer.config.model_dump(mode="json")), "recipe": recipe.name}
+    save_file(tensors, folder / CODEBOOK_FILE, metadata=settings)
+
+
+def load_quantizer(folder: str | Path) -> Quantizer:
+    """The quantizer that :func:`export` wrote to ``folder``, in evaluation mode.
+
+    Raises FileNotFoundError when there is none, ValueError for a file of another layout.
+    """
+    from safetensors import safe_open
+
+    from pipeline.quantizers import build_quantizer
+
+    file = Path(folder) / CODEBOOK_FILE
+    if not file.is_file():
+        raise FileNotFoundError(f"{file} does not exist: give a folder that `tessera export` wrote")
+    with safe_open(file, "pt") as stored:
+        metadata = stored.metadata() or {}
+        names = [name for name in stored.keys() if name.startswith("quantizer.")]  # noqa: SIM118 (no mapping)
+        if "quantizer" not in metadata or not names:
+            raise ValueError(f"{file} names no quantizer: give a folder that `tessera export` wrote")
+        state = {name.removeprefix("quantizer."): stored.get_tensor(name) for name in names}
+    quantizer = build_quantizer(json.loads(metadata["quantizer"]))
+    quantizer.load_state_dict(state)
+    return quantizer.eval()
 
 
 def _huggingface(model: Any, recipe: Recipe, folder: Path) -> None:

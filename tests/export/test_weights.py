@@ -11,7 +11,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 from pipeline.codebooks import CodebookSync
-from pipeline.export import export
+from pipeline.export import export, load_quantizer
 from pipeline.export import weights as weights_module
 from pipeline.export.huggingface import compare_with_transformers
 from pipeline.export.weights import write_codebook
@@ -104,6 +104,38 @@ def test_affine_codes_are_written_as_they_are_compared(tmp_path):
     codes = load_file(tmp_path / "codebook.safetensors")["codes"]
     assert torch.equal(codes, model.quantizer.codebook())
     assert not torch.allclose(codes, model.quantizer.code_vectors().detach())
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"kind": "affine", "codes": 8, "affine": "running", "codebook_dim": 4},
+        {"kind": "gumbel", "codes": 8, "groups": 2, "dim": 16},
+        {"kind": "ksom", "codes": 8, "grid": [4, 2], "normalise": "l2"},
+    ],
+)
+def test_a_written_quantizer_comes_back(options, tmp_path):
+    """Codes alone would not do: projections, heads and grids belong to them."""
+    model = tiny_model(options)
+    model(make_batch(model.config))
+    CodebookSync(model).step()
+    write_codebook(model, load_recipe("speech/wav2vec2_tiny_knn"), tmp_path)
+    quantizer, expected = load_quantizer(tmp_path), model.quantizer.eval()
+    latents = torch.randn(50, expected.input_dim)
+    codes = expected.encode(latents)
+    assert torch.equal(quantizer.encode(latents), codes)
+    assert torch.equal(quantizer.decode(codes), expected.decode(codes))
+    assert not quantizer.training
+
+
+def test_a_folder_without_a_quantizer_is_refused(tmp_path):
+    from safetensors.torch import save_file
+
+    with pytest.raises(FileNotFoundError, match=r"codebook\.safetensors does not exist"):
+        load_quantizer(tmp_path)
+    save_file({"codes": torch.zeros(1, 2, 3)}, tmp_path / "codebook.safetensors")
+    with pytest.raises(ValueError, match="names no quantizer"):
+        load_quantizer(tmp_path)
 
 
 def test_what_a_format_has_no_model_for_is_refused(image_run, tmp_path):
