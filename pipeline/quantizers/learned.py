@@ -21,7 +21,7 @@ class LearnedTable(nn.Module):
 
     def __init__(self, values: Tensor) -> None:
         super().__init__()
-        self.weight = nn.Parameter(values.to(torch.float32))
+        self.weight = nn.Parameter(values.to(torch.float32).contiguous())  # DeepSpeed takes no other strides
 
     def forward(self) -> Tensor:
         # A copy even if it is fp32 already: the parameter itself is taken away after this.
@@ -52,7 +52,7 @@ class LinearMap(nn.Module):
 
     def __init__(self, weight: Tensor) -> None:
         super().__init__()
-        self.weight = nn.Parameter(weight.to(torch.float32))
+        self.weight = nn.Parameter(weight.to(torch.float32).contiguous())  # DeepSpeed takes no other strides
         self.bias = nn.Parameter(torch.zeros(weight.shape[0], dtype=torch.float32))
 
     def forward(self, vectors: Tensor) -> Tensor:
