@@ -22,6 +22,7 @@ import torch
 import torch.distributed
 
 ENVIRONMENT = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
+PRELOADED = ["torch", "torch.distributed", "torch._dynamo", "pipeline.codebooks"]  # the third: for torch.optim
 if Path("/sys/class/net/lo").exists():
     ENVIRONMENT["GLOO_SOCKET_IFNAME"] = "lo"  # a machine's own name may not resolve
 
@@ -38,7 +39,7 @@ def run_ranks(function: Callable[..., Any], world_size: int, *args: Any, timeout
     # A server that has imported torch once forks the ranks: they start in a fraction of the seconds an import takes,
     # and none inherits anything of the test's own process.
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["torch", "torch.distributed", __name__])
+    context.set_forkserver_preload([*PRELOADED, __name__])
     results: dict[int, Any] = {}
     with tempfile.TemporaryDirectory() as folder:
         processes, connections = [], {}
