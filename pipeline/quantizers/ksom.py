@@ -13,6 +13,7 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor
 
+from pipeline.quantizers.base import QuantizerOptions
 from pipeline.quantizers.ema import EMAQuantizer, MovingAverageOptions
 from pipeline.quantizers.neighbourhood import (
     NEIGHBOUR_DISTANCE,
@@ -25,10 +26,9 @@ from pipeline.quantizers.neighbourhood import (
 )
 
 
-class KSOMConfig(MovingAverageOptions):
-    """A Kohonen map; without a neighbourhood it is EMA-VQ."""
+class GridOptions(QuantizerOptions):
+    """For kinds whose codes stand on a grid and share what they learn with the codes around."""
 
-    kind: Literal["ksom"] = "ksom"
     grid: tuple[int, ...] | None = Field(
         None, description="shape of the map, such as [32, 16]; none: the squarest two-dimensional one"
     )
@@ -52,26 +52,15 @@ class KSOMConfig(MovingAverageOptions):
         return self
 
 
-class KSOMQuantizer(EMAQuantizer):
-    """EMA-VQ with :meth:`spread` over the grid. ``grid`` is its shape, ``grid_distance()`` its distances."""
+class GridMap:
+    """What a quantizer whose configuration has :class:`GridOptions` says of its map; each group has one."""
 
-    config: KSOMConfig
+    config: Any
 
-    def __init__(self, config: KSOMConfig) -> None:
-        super().__init__(config)
-        self.grid = config.grid or factorise(config.codes)
-
-    def spread(self, statistics: Tensor) -> Tensor:
-        config = self.config
-        return spread_over_grid(
-            statistics, config.neighbourhood, self.grid, int(self.updates), config.shrink_step, config.base
-        )
-
-    def set_codebook(self, codebook: Tensor, counts: Tensor | None = None) -> None:
-        """Codes that come in no order are laid on the grid along their principal components first."""
-        order = torch.stack([arrange_on_grid(vectors, self.grid) for vectors in codebook])  # (groups, codes)
-        ordered = codebook.gather(1, order.unsqueeze(-1).expand_as(codebook))
-        super().set_codebook(ordered, None if counts is None else counts.gather(1, order))
+    @property
+    def grid(self) -> tuple[int, ...]:
+        """Shape of the map; the first axis runs fastest."""
+        return self.config.grid or factorise(self.config.codes)
 
     def grid_distance(self) -> Tensor:
         """Euclidean distance of each pair of codes on the grid: fp32 ``(codes, codes)``."""
@@ -82,3 +71,31 @@ class KSOMQuantizer(EMAQuantizer):
         coordinates = grid_coordinates(self.grid).to(code_a.device)
         apart = (coordinates[code_a] - coordinates[code_b]).float().square().sum(dim=-1).sqrt()
         return torch.as_tensor(apart < NEIGHBOUR_DISTANCE)
+
+    def lay_on_grid(self, codebook: Tensor, counts: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+        """Codes ``(groups, codes, code_dim)`` that come in no order, along their principal components on the grid; and
+        their counts ``(groups, codes)`` with them."""
+        order = torch.stack([arrange_on_grid(vectors, self.grid) for vectors in codebook])  # (groups, codes)
+        ordered = codebook.gather(1, order.unsqueeze(-1).expand_as(codebook))
+        return ordered, None if counts is None else counts.gather(1, order)
+
+
+class KSOMConfig(MovingAverageOptions, GridOptions):
+    """A Kohonen map; without a neighbourhood it is EMA-VQ."""
+
+    kind: Literal["ksom"] = "ksom"
+
+
+class KSOMQuantizer(GridMap, EMAQuantizer):
+    """EMA-VQ with :meth:`spread` over the grid."""
+
+    config: KSOMConfig
+
+    def spread(self, statistics: Tensor) -> Tensor:
+        config = self.config
+        return spread_over_grid(
+            statistics, config.neighbourhood, self.grid, int(self.updates), config.shrink_step, config.base
+        )
+
+    def set_codebook(self, codebook: Tensor, counts: Tensor | None = None) -> None:
+        super().set_codebook(*self.lay_on_grid(codebook, counts))

@@ -94,12 +94,22 @@ def spread_over_grid(
     """
     if kind == "none":
         return statistics
+    return statistics + gather_from_neighbours(statistics, kind, grid, step, shrink_step, base)
+
+
+def gather_from_neighbours(
+    statistics: Tensor, kind: Neighbourhood, grid: Sequence[int], step: int, shrink_step: float, base: float
+) -> Tensor:
+    """(A(t) − I)ᵀ statistics: what each code gets of the others', as :func:`spread_over_grid` has it, without its own.
+    Nothing is subtracted for it, so that small shares keep their digits."""
+    if kind == "none":
+        return torch.zeros_like(statistics)
     if kind == "hard":
-        return statistics + hard_share(step, shrink_step) * _sum_of_neighbours(statistics, grid)
+        return hard_share(step, shrink_step) * _sum_of_neighbours(statistics, grid)
     width = base * hard_share(step, shrink_step)
     if kind == "gaussian":
-        return _spread_gaussian(statistics, grid, width)
-    return _spread_exponential(statistics, grid, width)
+        return _gather_gaussian(statistics, grid, width)
+    return _gather_exponential(statistics, grid, width)
 
 
 def _on_grid(statistics: Tensor, grid: Sequence[int]) -> Tensor:
@@ -123,21 +133,31 @@ def _sum_of_neighbours(statistics: Tensor, grid: Sequence[int]) -> Tensor:
     return total.reshape(statistics.shape)
 
 
-def _spread_gaussian(statistics: Tensor, grid: Sequence[int], width: float) -> Tensor:
-    """exp(−(x² + y²)/w) = exp(−x²/w)·exp(−y²/w): one small product an axis."""
-    placed = _on_grid(statistics, grid)
+def _gather_gaussian(statistics: Tensor, grid: Sequence[int], width: float) -> Tensor:
+    """exp(−(x² + y²)/w) = exp(−x²/w)·exp(−y²/w): small products, axis by axis.
+
+    With B the product of the axes so far and A the next one's, A·B − I = A·(B − I) + (A − I).
+    """
+    own = _on_grid(statistics, grid)
+    gathered = torch.zeros_like(own)
     for axis, size in enumerate(reversed(grid), start=1):
-        places = torch.arange(size, dtype=torch.float32, device=statistics.device)
+        places = torch.arange(size, dtype=statistics.dtype, device=statistics.device)
         weights = torch.exp(-(places[:, None] - places[None, :]).square() / width)
-        placed = torch.tensordot(placed, weights, dims=([axis], [0])).movedim(-1, axis)
-    return placed.reshape(statistics.shape)
+        others = weights.clone().fill_diagonal_(0)
+        gathered = _along(axis, gathered, weights) + _along(axis, own, others)
+    return gathered.reshape(statistics.shape)
 
 
-def _spread_exponential(statistics: Tensor, grid: Sequence[int], width: float) -> Tensor:
+def _along(axis: int, placed: Tensor, weights: Tensor) -> Tensor:
+    return torch.tensordot(placed, weights, dims=([axis], [0])).movedim(-1, axis)
+
+
+def _gather_exponential(statistics: Tensor, grid: Sequence[int], width: float) -> Tensor:
     """Not separable: the matrix in blocks of rows."""
-    coordinates = grid_coordinates(grid).float().to(statistics.device)
+    coordinates = grid_coordinates(grid).to(statistics)
     blocks = []
     for rows in coordinates.split(BLOCK_ROWS):
         distance = torch.cdist(rows, coordinates, compute_mode="donot_use_mm_for_euclid_dist")
-        blocks.append(torch.einsum("rc,gcn->grn", torch.exp(-distance / width), statistics))
+        weights = torch.exp(-distance / width) * (distance > 0)
+        blocks.append(torch.einsum("rc,gcn->grn", weights, statistics))
     return torch.cat(blocks, dim=1)

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from pipeline.quantizers.neighbourhood import (
     arrange_on_grid,
     factorise,
+    gather_from_neighbours,
     grid_coordinates,
     grid_distance,
     neighbourhood_matrix,
@@ -97,9 +98,22 @@ def test_spreading_is_a_product_with_the_plain_matrix(kind, grid, step):
     expected = torch.einsum("rc,gcn->grn", matrix, statistics.double()).float()
     spread = spread_over_grid(statistics, kind, grid, step, 0.2, 4.0)
     torch.testing.assert_close(spread, expected, rtol=1e-5, atol=1e-5)
+    of_others = torch.einsum("rc,gcn->grn", matrix - torch.eye(len(matrix)), statistics.double())
+    gathered = gather_from_neighbours(statistics.double(), kind, grid, step, 0.2, 4.0)
+    torch.testing.assert_close(gathered, of_others, rtol=1e-6, atol=1e-6)  # distances are fp32
     made = neighbourhood_matrix(kind, grid, step, 0.2, 4.0)
     assert torch.allclose(made, made.T)
     assert torch.equal(made.diagonal(), torch.ones(len(made)))
+
+
+@pytest.mark.parametrize(("kind", "step"), [("hard", 10**9), ("gaussian", 300), ("exponential", 300)])
+def test_small_shares_of_neighbours_keep_their_digits(kind, step):
+    """Subtracting each code's own part of 1 would leave nothing of 1e-8 in fp32."""
+    ones = torch.ones(1, 12, 1)
+    gathered = gather_from_neighbours(ones, kind, [4, 3], step, 0.1, 2.0)
+    matrix = _plain_matrix(kind, [4, 3], step, 0.1, 2.0).fill_diagonal_(0)
+    assert 0 < float(gathered.max()) < 1e-5
+    torch.testing.assert_close(gathered[0, :, 0].double(), matrix.sum(dim=1), rtol=1e-5, atol=0)
 
 
 @pytest.mark.parametrize("grid", [[5, 4], [4, 5], [20], [2, 2, 5]])
