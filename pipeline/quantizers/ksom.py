@@ -56,6 +56,7 @@ class GridMap:
     """What a quantizer whose configuration has :class:`GridOptions` says of its map; each group has one."""
 
     config: Any
+    updates: Tensor
 
     @property
     def grid(self) -> tuple[int, ...]:
@@ -71,6 +72,11 @@ class GridMap:
         coordinates = grid_coordinates(self.grid).to(code_a.device)
         apart = (coordinates[code_a] - coordinates[code_b]).float().square().sum(dim=-1).sqrt()
         return torch.as_tensor(apart < NEIGHBOUR_DISTANCE)
+
+    def neighbourhood(self) -> tuple[Neighbourhood, tuple[int, ...], int, float, float]:
+        """A(t) of the next update, as :func:`spread_over_grid` takes it: kind, grid, t, τ and b."""
+        config = self.config
+        return config.neighbourhood, self.grid, int(self.updates), config.shrink_step, config.base
 
     def lay_on_grid(self, codebook: Tensor, counts: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
         """Codes ``(groups, codes, code_dim)`` that come in no order, along their principal components on the grid; and
@@ -92,10 +98,7 @@ class KSOMQuantizer(GridMap, EMAQuantizer):
     config: KSOMConfig
 
     def spread(self, statistics: Tensor) -> Tensor:
-        config = self.config
-        return spread_over_grid(
-            statistics, config.neighbourhood, self.grid, int(self.updates), config.shrink_step, config.base
-        )
+        return spread_over_grid(statistics, *self.neighbourhood())
 
     def set_codebook(self, codebook: Tensor, counts: Tensor | None = None) -> None:
         super().set_codebook(*self.lay_on_grid(codebook, counts))

@@ -14,24 +14,39 @@ from pydantic import BaseModel, Field, ValidationError
 from pipeline.quantizers.affine import AffineConfig, AffineQuantizer
 from pipeline.quantizers.base import Quantizer
 from pipeline.quantizers.ema import EMAConfig, EMAQuantizer
+from pipeline.quantizers.gd_som import GDSOMConfig, GDSOMQuantizer
 from pipeline.quantizers.gumbel import GumbelConfig, GumbelQuantizer
 from pipeline.quantizers.identity import IdentityConfig, IdentityQuantizer
 from pipeline.quantizers.knn_simplex import KNNSimplexConfig, KNNSimplexQuantizer
 from pipeline.quantizers.ksom import KSOMConfig, KSOMQuantizer
+from pipeline.quantizers.rotation import RotationConfig, RotationQuantizer
+from pipeline.quantizers.simvq import SimVQConfig, SimVQQuantizer
 from pipeline.quantizers.ste import STEConfig, STEQuantizer
 
 KINDS: dict[str, tuple[type[BaseModel], Any]] = {
     "identity": (IdentityConfig, IdentityQuantizer),
     "ema": (EMAConfig, EMAQuantizer),
     "ksom": (KSOMConfig, KSOMQuantizer),
+    "gd_som": (GDSOMConfig, GDSOMQuantizer),
     "ste": (STEConfig, STEQuantizer),
     "affine": (AffineConfig, AffineQuantizer),
     "knn_simplex": (KNNSimplexConfig, KNNSimplexQuantizer),
     "gumbel": (GumbelConfig, GumbelQuantizer),
+    "simvq": (SimVQConfig, SimVQQuantizer),
+    "rotation": (RotationConfig, RotationQuantizer),
 }
 
 QuantizerConfig = Annotated[
-    IdentityConfig | EMAConfig | KSOMConfig | STEConfig | AffineConfig | KNNSimplexConfig | GumbelConfig,
+    IdentityConfig
+    | EMAConfig
+    | KSOMConfig
+    | GDSOMConfig
+    | STEConfig
+    | AffineConfig
+    | KNNSimplexConfig
+    | GumbelConfig
+    | SimVQConfig
+    | RotationConfig,
     Field(discriminator="kind"),
 ]
 
