@@ -34,15 +34,11 @@ class MemoryPlan:
         return self.weights + self.gradients + self.optimizer + self.codebook_state
 
 
-def memory_a_rank(parameters: int, buffer_bytes: int, zero_stage: int, precision: str, ranks: int) -> MemoryPlan:
+def memory_a_rank(parameters: int, buffer_bytes: int, zero_stage: int, ranks: int) -> MemoryPlan:
     """Persistent bytes a rank under ZeRO (Rajbhandari et al. 2020, section 3): what the stage partitions is divided by
-    ``ranks``.
-
-    fp32: 4 bytes each for weight and gradient, 8 for Adam's moments. bf16: 2 and 2, and the optimiser keeps an fp32
-    copy too.
+    ``ranks``. 4 bytes each for weight and gradient, 8 for Adam's moments, in either precision: bf16 is autocast's.
     """
-    width = 4 if precision == "fp32" else 2
-    moments = 8 if precision == "fp32" else 12
+    width, moments = 4, 8
 
     def share(size: int, from_stage: int) -> int:
         return -(-size // ranks) if zero_stage >= from_stage else size
@@ -82,7 +78,7 @@ def print_plan(recipe_name: str, overrides: Sequence[str], ranks: int, console: 
 def _add_model(table: Table, recipe: Recipe, model: nn.Module, ranks: int) -> None:
     parameters = sum(parameter.numel() for parameter in model.parameters())
     buffers = sum(buffer.numel() * buffer.element_size() for buffer in model.buffers())
-    memory = memory_a_rank(parameters, buffers, recipe.engine.zero_stage, recipe.engine.precision, ranks)
+    memory = memory_a_rank(parameters, buffers, recipe.engine.zero_stage, ranks)
     table.add_row("parameters", f"{parameters:,}")
     for name, module in model.named_children():
         count = sum(parameter.numel() for parameter in module.parameters())

@@ -5,6 +5,7 @@ parameter, in the engine's fp32 master copy, which would otherwise overwrite the
 optimiser's moments, which would otherwise carry on where the dead codes went. May touch: those.
 
 DeepSpeed keeps master copies under ZeRO 1, 2 and 3, and under ZeRO 3 no rank holds a whole parameter between forwards.
+Its own bf16 mode keeps them under ZeRO 0 too, where nothing leads from a parameter to its copy.
 """
 
 from __future__ import annotations
@@ -35,7 +36,15 @@ def write_codes(
 
     ``forget``: whether the optimiser's moments of these codes become zero. ``optimizer`` is needed for a plain torch
     optimiser's moments only; an engine's are found from the parameters.
+
+    Raises RuntimeError, and changes nothing, for codes of a lower precision whose fp32 copy can't be found.
     """
+    for name, parameter in module.named_parameters():
+        if parameter.element_size() < 4 and not _has_master(parameter):
+            raise RuntimeError(
+                f"{name} is {parameter.dtype} and its fp32 copy in the optimiser can't be found: use torch_autocast "
+                "instead of DeepSpeed's own bf16 or fp16 mode, or ZeRO 1, 2 or 3"
+            )
     with _whole(list(module.parameters())):
         write()
         written = [(parameter, parameter.detach().float().clone()) for parameter in module.parameters()]
@@ -51,6 +60,20 @@ def write_codes(
             for name, moment in optimizer.state.get(parameter, {}).items():
                 if name in MOMENTS:
                     moment[chosen] = 0
+
+
+def check_precision(name: str, module: nn.Module) -> None:
+    """Raise RuntimeError if an engine has cast buffers of quantizer ``name`` below fp32: their digits are gone."""
+    for key, buffer in module.named_buffers():
+        if buffer.is_floating_point() and buffer.element_size() < 4:
+            raise RuntimeError(
+                f"{name}.{key} is {buffer.dtype}: codebook state must stay fp32; leave data_types.buffer_dtype out of "
+                "DeepSpeed's settings, or keep_in_fp32_modules at 'auto'"
+            )
+
+
+def _has_master(parameter: nn.Parameter) -> bool:
+    return hasattr(parameter, "_z3_optimizer") or hasattr(parameter, "_hp_mapping")
 
 
 @contextmanager

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from pipeline import collectives
-from pipeline.codebooks.engine_parameters import write_codes
+from pipeline.codebooks.engine_parameters import check_precision, write_codes
 from pipeline.codebooks.health import CodebookHealth, measure_usage
 from pipeline.codebooks.replacement import Replacement
 from pipeline.quantizers.base import Quantizer
@@ -52,8 +52,10 @@ class CodebookSync:
         """Reduce the pending statistics of all quantizers in one all-reduce and let each apply its update.
 
         Called by every rank once an optimiser step, after the optimiser's own step. A step in which codes are replaced
-        needs one collective more.
+        needs one collective more. Raises RuntimeError when an engine has cast codebook state below fp32.
         """
+        for name, quantizer in self.quantizers.items():
+            check_precision(name or "quantizer", quantizer)
         pending = {name: quantizer.pending() for name, quantizer in self.quantizers.items()}
         tensors = [tensor for of_quantizer in pending.values() for tensor in of_quantizer]
         reduced = {}

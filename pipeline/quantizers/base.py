@@ -121,6 +121,9 @@ class Quantizer(nn.Module):
     compares_latents = True
     """Whether codes lie in the space of the latents, so that the distance between the two means something."""
 
+    _keep_in_fp32_modules_strict = ("*",)
+    """transformers' name, which DeepSpeed asks every module for: buffers that its ``buffer_dtype`` must leave alone."""
+
     def __init__(
         self,
         config: Any,

@@ -51,7 +51,7 @@ class EngineConfig(BaseModel):
         1, description="what is partitioned: 1 optimiser, 2 + gradients, 3 + weights"
     )
     precision: Literal["fp32", "bf16"] = Field(
-        "fp32", description="of weights and activations; codebook state is always fp32"
+        "fp32", description="of matrix products and activations; weights and codebook state are always fp32"
     )
     gradient_clipping: float = Field(1.0, ge=0, description="largest global gradient norm; 0 switches clipping off")
     deterministic: bool = Field(

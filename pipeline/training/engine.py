@@ -66,7 +66,13 @@ def join_process_group(timeout_seconds: int) -> torch.device:
 
 
 def engine_settings(config: EngineConfig, accumulation: int, parameters: int) -> dict[str, Any]:
-    """DeepSpeed's configuration for ``accumulation`` micro-batches a step and rank of a model of so many parameters."""
+    """DeepSpeed's configuration for ``accumulation`` micro-batches a step and rank of a model of so many parameters.
+
+    bf16 is torch's autocast around the forward: matrix products and activations in bf16, parameters and their gradients
+    in fp32. DeepSpeed's own bf16 mode keeps all parameters in bf16 beside an fp32 copy in the optimiser, learned codes
+    too (design rule 5), and its ``keep_in_fp32_modules`` is for buffers only; ZeRO 3 joins parameters of one dtype only
+    into its flat buffer, so single ones can't be taken out.
+    """
     # DeepSpeed allocates whole buckets anew each step, by default of 2 GB: more than a small model needs.
     bucket = min(LARGEST_BUCKET, 1 << parameters.bit_length())
     return {
@@ -81,7 +87,12 @@ def engine_settings(config: EngineConfig, accumulation: int, parameters: int) ->
             "allgather_bucket_size": bucket,
         },
         "zero_allow_untested_optimizer": True,
-        "bf16": {"enabled": config.precision == "bf16"},
+        # No modules with a lower precision in collectives: sums over ranks in bf16 would depend on their number.
+        "torch_autocast": {
+            "enabled": config.precision == "bf16",
+            "dtype": "bfloat16",
+            "lower_precision_safe_modules": [],
+        },
         "steps_per_print": 2**31,
         "wall_clock_breakdown": False,
     }
