@@ -13,33 +13,39 @@ from typing import Literal
 
 import torch
 from pydantic import Field
-from torch import Tensor
-from torch.nn import functional
+from torch import Tensor, nn
 
-from pipeline import collectives
-from pipeline.quantizers.base import Quantized, Quantizer, QuantizerOptions, look_up
-from pipeline.quantizers.gumbel import gumbel_noise, perplexity_of_mean
-from pipeline.quantizers.learned import LearnedTable, LinearHead
+from pipeline.quantizers.base import (
+    NormaliseOptions,
+    ProjectionOptions,
+    Quantized,
+    Quantizer,
+    QuantizerOptions,
+    look_up,
+)
+from pipeline.quantizers.entropy import Scope, ScopeWatch, perplexity
+from pipeline.quantizers.learned import LearnedTable
 from pipeline.quantizers.search import highest_scores, nearest_codes
+from pipeline.quantizers.simplex import Distance, Neighbourhood, mix
 
 
-class KNNSimplexConfig(QuantizerOptions):
+class KNNSimplexConfig(QuantizerOptions, ProjectionOptions, NormaliseOptions):
     """Smoothed VQ with the K-nearest-neighbour regulariser."""
 
     kind: Literal["knn_simplex"] = "knn_simplex"
     neighbours: int = Field(
         2, ge=1, description="K: tokens that each code pulls; a micro-batch should have K · codes tokens"
     )
-    distance: Literal["l2", "cross_entropy"] = Field(
-        "cross_entropy", description="of a mixture p to vertex m: |e_m − p|² or −log p_m"
-    )
+    distance: Distance = Field("cross_entropy", description="of a mixture p to vertex m: |e_m − p|² or −log p_m")
     weight: float = Field(0.1, ge=0, description="of the regulariser")
     logits: Literal["dot", "distance", "linear"] = Field(
-        "dot", description="dot: z·c/√dim; distance: −|z − c|²; linear: a head of its own"
+        "dot",
+        description="dot: z·c/√(size of a code), with normalise=l2 the cosine, which wants a temperature well below 1; "
+        "distance: −|z − c|²; linear: a head of its own",
     )
     sampler: Literal["softmax", "gumbel"] = Field("softmax", description="how mixtures come from logits in training")
     temperature: float = Field(1.0, gt=0, description="divides the logits")
-    scope: Literal["micro_batch", "global"] = Field(
+    scope: Scope = Field(
         "micro_batch",
         description="where neighbours are looked for. global: in the micro-batches that all ranks hold at one time, "
         "which makes results depend on the number of ranks",
@@ -49,9 +55,10 @@ class KNNSimplexConfig(QuantizerOptions):
 class KNNSimplexQuantizer(Quantizer):
     """``loss = weight/(codes·K) · Σ_m Σ_{i ∈ K nearest to vertex m} D(e_m, p_i)``, mean over groups.
 
-    Under ``scope=global`` the loss of a rank is its share of the joint loss, scaled so that the token-weighted mean
-    over ranks is the joint loss; the ranks exchange the K smallest distances of each code, and in training every rank
-    must call ``forward`` equally often.
+    Under ``scope=global`` each rank with tokens has the joint loss, and the gradients weighted by the ranks' tokens sum
+    up to the joint one; the ranks exchange the K smallest distances of each code, and in training every rank must call
+    ``forward`` equally often. Under gradient accumulation neighbours are those of the micro-batches that ranks hold at
+    one time, not of the whole step, which is warned of.
     """
 
     config: KNNSimplexConfig
@@ -61,103 +68,71 @@ class KNNSimplexQuantizer(Quantizer):
         super().__init__(config, dim=config.dim, codes=config.codes, groups=config.groups)
         self.code_vectors = LearnedTable(torch.randn(self.groups, self.codes, self.code_dim))
         if config.logits == "linear":
-            self.head = LinearHead(self.dim, self.groups, self.codes, std=self.dim**-0.5)
+            self.head = LogitWeights(self.groups * self.codes, self.codebook_dim)
+        # Vectors of length 1 are ranked alike by dot products and by distances.
+        self.compares_latents = config.logits == "distance" or (config.logits == "dot" and config.normalise == "l2")
+        self._scope = ScopeWatch(config.kind, config.scope)
         self._warned = False
 
     def codebook(self) -> Tensor:
-        return self.code_vectors().detach()
+        return self.normalise(self.code_vectors()).detach()
 
     def quantize(self, latents: Tensor) -> Quantized:
-        codebook = self.code_vectors()
-        logits = self.score(latents, codebook) / self.config.temperature
-        if self.training and self.config.sampler == "gumbel":
-            logits = logits + gumbel_noise(logits) / self.config.temperature
-        log_mixtures = functional.log_softmax(logits, dim=-1)  # (tokens, groups, codes)
-        mixtures = log_mixtures.exp()
-        losses = {"knn": self.config.weight * self.regularise(log_mixtures, mixtures)}
-
-        if self.training:
-            codes = log_mixtures.argmax(dim=-1)
-            vectors = torch.einsum("tgk,gkd->tgd", mixtures, codebook)
-        else:
-            codes = self.assign(latents)
-            vectors = look_up(codebook, codes)
+        config = self.config
+        codebook = self.normalise(self.code_vectors())
+        compared, weight, bias = self.logits(latents, codebook)
+        neighbourhood = Neighbourhood(
+            config.neighbours if config.weight else 0,
+            config.distance,
+            config.scope if self.training else "micro_batch",
+            self.process_group,
+        )
+        noise = 1 / config.temperature if self.training and config.sampler == "gumbel" else 0.0
+        mixed = mix(compared, weight / config.temperature, bias / config.temperature, codebook, neighbourhood, noise)
+        self._warn_of_few(mixed.total)
+        codes = mixed.codes if self.training else self.assign(latents)
         with torch.no_grad():
             hard = look_up(codebook, codes)
-            soft = torch.einsum("tgk,gkd->tgd", mixtures, codebook)
             metrics = {
-                "soft_hard_gap": (soft - hard).square().sum() / max(1, soft.numel()),
-                "prob_perplexity": perplexity_of_mean(mixtures).mean(),
+                "soft_hard_gap": (mixed.vectors - hard).square().sum() / max(1, hard.numel()),
+                "prob_perplexity": perplexity(mixed.mean).mean(),
             }
-        return Quantized(vectors.reshape(-1, self.dim), codes, losses, metrics)
+        vectors = mixed.vectors if self.training else look_up(codebook, codes)
+        return Quantized(vectors.reshape(-1, self.codebook_dim), codes, {"knn": config.weight * mixed.loss}, metrics)
 
-    def score(self, latents: Tensor, codebook: Tensor) -> Tensor:
-        """Logits before the temperature: ``(tokens, groups, codes)``."""
+    def logits(self, latents: Tensor, codebook: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Of latents ``(tokens, codebook_dim)`` and effective codes: x ``(tokens, groups, n)``, W
+        ``(groups, codes, n)`` and b ``(groups, codes)`` with logits x·Wᵀ + b before the temperature."""
         if self.config.logits == "linear":
-            return self.head(latents)
+            weight, bias = self.head()
+            weight = weight.reshape(self.groups, self.codes, -1)
+            return latents.unsqueeze(1).expand(-1, self.groups, -1), weight, bias.reshape(self.groups, self.codes)
         split = self.split_groups(latents)
         if self.config.logits == "dot":
-            return torch.einsum("tgd,gkd->tgk", split, codebook) / self.code_dim**0.5
+            scale = 1.0 if self.config.normalise == "l2" else self.code_dim**-0.5
+            return split, codebook * scale, codebook.new_zeros(self.groups, self.codes)
         # −|z − c|² but for |z|², which softmax cancels; near the codes' centre, where fp32 keeps the difference
-        centre = codebook.detach().mean(dim=1, keepdim=True)  # (groups, 1, code_dim)
-        centred = codebook - centre
-        products = torch.einsum("tgd,gkd->tgk", split - centre.squeeze(1), centred)
-        return 2.0 * products - centred.square().sum(dim=-1)
+        centre = codebook.detach().mean(dim=1)  # (groups, code_dim)
+        centred = codebook - centre.unsqueeze(1)
+        return split - centre, 2.0 * centred, -centred.square().sum(dim=-1)
 
     def assign(self, latents: Tensor) -> Tensor:
-        if self.config.logits == "linear":
-            return self.head.likeliest(latents)
-        split, codebook = self.split_groups(latents), self.codebook()
+        codebook = self.codebook()
         if self.config.logits == "distance":
-            return nearest_codes(split, codebook)
-        none = codebook.new_zeros(self.codes)
-        return torch.stack([highest_scores(split[:, g], codebook[g], none) for g in range(self.groups)], dim=1)
+            return nearest_codes(self.split_groups(latents), codebook)
+        compared, weight, bias = self.logits(latents, codebook)
+        found = [highest_scores(compared[:, g], weight[g].detach(), bias[g].detach()) for g in range(self.groups)]
+        return torch.stack(found, dim=1)
 
-    def regularise(self, log_mixtures: Tensor, mixtures: Tensor) -> Tensor:
-        """The regulariser without its weight, from p and log p, both ``(tokens, groups, codes)``."""
-        distances = self._distances(log_mixtures, mixtures)  # (groups, codes, tokens)
-        tokens = distances.shape[-1]
-        if self.config.scope == "global" and self.training:
-            return self._share_of_global(distances)
-        self._warn_of_few(tokens)
-        if not tokens:
-            return distances.sum()
-        return torch.topk(distances, min(self.config.neighbours, tokens), dim=-1, largest=False).values.mean()
+    def observe(self, latents: Tensor, codes: Tensor) -> None:
+        self._scope.saw_forward()
 
-    def _distances(self, log_mixtures: Tensor, mixtures: Tensor) -> Tensor:
-        """D(e_m, p_i): ``(groups, codes, tokens)``."""
-        if self.config.distance == "cross_entropy":
-            distances = -log_mixtures
-        else:
-            distances = 1.0 - 2.0 * mixtures + mixtures.square().sum(dim=-1, keepdim=True)
-        return distances.permute(1, 2, 0)
-
-    def _share_of_global(self, distances: Tensor) -> Tensor:
-        """This rank's share of the loss over all ranks' tokens: the K smallest of all are among each rank's K smallest.
-
-        Ties go to the lower rank, then to the earlier token.
-        """
-        tokens, neighbours = distances.shape[-1], self.config.neighbours
-        local = torch.topk(distances, min(neighbours, tokens), dim=-1, largest=False).values
-        values = functional.pad(local.detach(), (0, neighbours - local.shape[-1]), value=torch.inf)
-        count = torch.tensor([float(tokens)], device=values.device)
-        gathered = collectives.all_gather(torch.cat([count, values.reshape(-1)]), self.process_group)
-        total = int(gathered[:, 0].sum())
-        self._warn_of_few(total)
-        if not tokens:
-            return distances.sum()
-        by_rank = gathered[:, 1:].reshape(-1, *values.shape).permute(1, 2, 0, 3).flatten(2)  # (groups, codes, W·K)
-        chosen = torch.zeros_like(by_rank, dtype=torch.bool)
-        best = by_rank.sort(dim=-1, stable=True).indices[..., : min(neighbours, total)]
-        chosen.scatter_(-1, best, True)
-        first = collectives.rank(self.process_group) * neighbours
-        mine = chosen[..., first : first + local.shape[-1]]
-        joint = (local * mine).sum() / (self.groups * self.codes * min(neighbours, total))
-        return joint * (total / tokens)
+    def update(self, statistics: dict[str, Tensor]) -> None:
+        self._scope.saw_step()
 
     def _warn_of_few(self, tokens: int) -> None:
         wanted = self.config.neighbours * self.codes
-        if self.training and 0 < tokens < wanted and not self._warned:
+        if self.training and self.config.weight and 0 < tokens < wanted and not self._warned:
             self._warned = True
             warnings.warn(
                 f"knn_simplex got {tokens} tokens for neighbours={self.config.neighbours} × codes={self.codes}: codes "
@@ -173,5 +148,18 @@ class KNNSimplexQuantizer(Quantizer):
             weights = torch.zeros(self.groups, self.codes, self.groups, self.code_dim, device=codebook.device)
             for group in range(self.groups):
                 weights[group, :, group] = codebook[group]
-            self.head.weight.copy_(weights.reshape(-1, self.dim))
+            self.head.weight.copy_(weights.reshape(-1, self.codebook_dim))
             self.head.bias.copy_(-codebook.square().sum(dim=-1).reshape(-1) / 2)
+
+
+class LogitWeights(nn.Module):
+    """Weight and bias of a linear map to logits; calling it gives fp32 copies of both, differentiable (see
+    :mod:`pipeline.quantizers.learned`)."""
+
+    def __init__(self, logits: int, dim: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(logits, dim, dtype=torch.float32) * dim**-0.5)
+        self.bias = nn.Parameter(torch.zeros(logits, dtype=torch.float32))
+
+    def forward(self) -> tuple[Tensor, Tensor]:
+        return self.weight.to(torch.float32, copy=True), self.bias.to(torch.float32, copy=True)

@@ -1,62 +1,73 @@
-"""The K-nearest-neighbour regulariser: golden values, the paper's Dirichlet clouds, soft and hard paths."""
+"""Smoothed VQ: soft and hard paths, each kind of logits, options. ``test_simplex.py`` has the regulariser's values."""
 
+import itertools
 import warnings
 
 import pytest
 import torch
 
+from pipeline.codebooks import CodebookSync
 from pipeline.quantizers import build_quantizer
+from tests.quantizers.test_simplex import Neighbourhood, textbook
 
-MIXTURES = torch.tensor([[0.7, 0.2, 0.1], [0.6, 0.3, 0.1], [0.1, 0.8, 0.1], [0.3, 0.3, 0.4]])
-
-
-def regulariser(distance, neighbours, mixtures=MIXTURES):
-    codes = mixtures.shape[1]
-    quantizer = build_quantizer(
-        {"kind": "knn_simplex", "dim": 2, "codes": codes, "neighbours": neighbours, "distance": distance}
-    )
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        return float(quantizer.regularise(mixtures.log().unsqueeze(1), mixtures.unsqueeze(1)).detach())
+GRID = list(itertools.product(["dot", "distance", "linear"], ["l2", "cross_entropy"], ["none", "l2"], [None, 4]))
 
 
-@pytest.mark.parametrize(
-    ("distance", "neighbours", "value"),
-    [("l2", 1, 0.246667), ("l2", 2, 0.5), ("cross_entropy", 1, 0.498703), ("cross_entropy", 2, 0.918915)],
-)
-def test_golden_values(distance, neighbours, value):
-    assert regulariser(distance, neighbours) == pytest.approx(value, abs=1e-6)
+def by_hand(quantizer, latents):
+    """Logits over the temperature from their definitions, ``(tokens, groups, codes)``."""
+    config = quantizer.config
+    if quantizer.project_in is not None:
+        latents = quantizer.project_in(latents)
+    split = latents.reshape(len(latents), quantizer.groups, 1, -1)
+    codebook = quantizer.code_vectors.weight
+    if config.normalise == "l2":
+        split, codebook = split / split.norm(dim=-1, keepdim=True), codebook / codebook.norm(dim=-1, keepdim=True)
+    if config.logits == "dot":
+        logits = (split * codebook).sum(-1)  # the cosine where both have length 1
+        logits = logits if config.normalise == "l2" else logits / codebook.shape[-1] ** 0.5
+    elif config.logits == "distance":
+        logits = -(split - codebook).square().sum(-1)
+    else:
+        flat = split.reshape(len(latents), -1)
+        logits = (flat @ quantizer.head.weight.T + quantizer.head.bias).reshape(len(latents), quantizer.groups, -1)
+    return logits / config.temperature, codebook
 
 
-def test_it_tells_clouds_apart_that_have_the_same_mean():
-    """Figure 1b of the paper: all of these have a mean perplexity of 3, which a perplexity loss can't tell apart."""
-    one_hot = torch.eye(3).repeat(1000, 1)
-    assert regulariser("l2", 8, one_hot) == 0
-    assert regulariser("l2", 8, torch.eye(3)[[0]].expand(3000, 3)) == pytest.approx(4 / 3)
+@pytest.mark.parametrize(("logits", "distance", "normalise", "codebook_dim"), GRID)
+def test_all_options_give_what_autograd_gives_for_the_definitions(logits, distance, normalise, codebook_dim):
     torch.manual_seed(0)
-    values = []
-    for alpha in (0.05, 0.5, 1.0, 2.0, 50.0):
-        cloud = torch.distributions.Dirichlet(torch.full((3,), alpha)).sample((3000,))
-        values.append(regulariser("l2", 8, cloud))
-    assert values == sorted(values)
-    assert values[0] < 1e-5
-    assert values[2] == pytest.approx(0.0024, rel=0.6)
-    assert values[3] == pytest.approx(0.0251, rel=0.4)
-    assert values[4] == pytest.approx(0.4501, rel=0.1)
-
-
-def test_only_the_nearest_tokens_feel_the_pull():
     quantizer = build_quantizer(
-        {"kind": "knn_simplex", "dim": 3, "codes": 3, "neighbours": 1, "distance": "cross_entropy"}
+        {
+            "kind": "knn_simplex",
+            "dim": 6,
+            "codes": 5,
+            "groups": 2,
+            "logits": logits,
+            "distance": distance,
+            "normalise": normalise,
+            "codebook_dim": codebook_dim,
+            "temperature": 0.5,
+            "weight": 0.3,
+        }
     )
-    logits = MIXTURES.log().unsqueeze(1).requires_grad_()
-    quantizer.train()
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        quantizer.regularise(logits, logits.exp()).backward()
-    expected = torch.zeros(4, 1, 3)  # vertices 0, 1, 2 pull tokens 0, 2, 3: −1/3 each
-    expected[0, 0, 0] = expected[2, 0, 1] = expected[3, 0, 2] = -1 / 3
-    torch.testing.assert_close(logits.grad, expected)
+    latents, upstream = torch.randn(40, 6, requires_grad=True), torch.randn(40, 6)
+    leaves = [latents, *quantizer.parameters()]
+    found = quantizer(latents)
+    gradients = torch.autograd.grad((found.vectors * upstream).sum() + 40 * found.losses["knn"], leaves)
+
+    scores, codebook = by_hand(quantizer, latents)
+    codes = scores.shape[-1]
+    identity = torch.eye(codes).expand(2, codes, codes)
+    vectors, loss, likeliest, _ = textbook(
+        scores, identity, torch.zeros(2, codes), codebook, Neighbourhood(2, distance)
+    )
+    vectors = vectors.reshape(40, -1)
+    vectors = vectors if quantizer.project_out is None else quantizer.project_out(vectors)
+    expected = torch.autograd.grad((vectors * upstream).sum() + 40 * 0.3 * loss, leaves)
+    torch.testing.assert_close(found.vectors, vectors, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(found.losses["knn"], 0.3 * loss, atol=1e-6, rtol=1e-5)
+    assert torch.equal(found.codes, likeliest)
+    torch.testing.assert_close(gradients, expected, atol=1e-4, rtol=1e-4)
 
 
 @pytest.mark.parametrize("logits", ["dot", "distance", "linear"])
@@ -67,14 +78,7 @@ def test_soft_in_training_hard_at_inference(logits):
     )
     latents = torch.randn(40, 6)
     soft = quantizer.train()(latents)
-    scores = quantizer.score(latents, quantizer.codebook()) / 0.5
-    if logits != "linear":
-        split, codebook = latents.reshape(40, 2, 1, 3), quantizer.codebook()
-        by_hand = {
-            "dot": (split * codebook).sum(-1) / 3**0.5,
-            "distance": -(split - codebook).square().sum(-1),
-        }[logits]
-        torch.testing.assert_close(torch.softmax(scores, -1), torch.softmax(by_hand / 0.5, -1), atol=1e-5, rtol=1e-5)
+    scores = by_hand(quantizer, latents)[0].detach()
     mixtures = torch.softmax(scores, dim=-1)
     expected = torch.cat([mixtures[:, group] @ quantizer.codebook()[group] for group in range(2)], dim=1)
     torch.testing.assert_close(soft.vectors, expected, atol=1e-5, rtol=1e-5)
@@ -119,3 +123,40 @@ def test_too_few_tokens_are_told_once():
         warnings.simplefilter("error")
         quantizer(torch.randn(10, 4))
         build_quantizer({"kind": "knn_simplex", "dim": 4, "codes": 8, "neighbours": 3})(torch.randn(24, 4))
+
+
+def test_codes_of_another_space_are_known_as_such():
+    def compares(**options):
+        return build_quantizer({"kind": "knn_simplex", "dim": 4, "codes": 8, **options}).compares_latents
+
+    assert compares(logits="distance")
+    assert compares(logits="dot", normalise="l2")
+    assert not compares(logits="dot")
+    assert not compares(logits="linear", normalise="l2")
+
+
+def test_global_scope_under_accumulation_is_told():
+    quantizer = build_quantizer({"kind": "knn_simplex", "dim": 4, "codes": 2, "scope": "global"})
+    sync = CodebookSync(quantizer)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        quantizer(torch.randn(10, 4))
+        sync.step()
+        quantizer.eval()(torch.randn(10, 4))
+        quantizer.train()(torch.randn(10, 4))
+        sync.step()
+        quantizer(torch.randn(10, 4))
+    quantizer(torch.randn(10, 4))
+    with pytest.warns(UserWarning, match="knn_simplex with scope=global was called 2 times in one optimiser step"):
+        sync.step()
+
+
+def test_without_weight_nothing_is_looked_for():
+    quantizer = build_quantizer({"kind": "knn_simplex", "dim": 4, "codes": 8, "weight": 0.0})
+    latents = torch.randn(10, 4, requires_grad=True)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        out = quantizer(latents)
+    assert float(out.losses["knn"].detach()) == 0
+    (out.losses["knn"] + out.vectors.sum()).backward()
+    assert bool((latents.grad != 0).any())
