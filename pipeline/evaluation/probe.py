@@ -17,9 +17,8 @@ from pipeline.evaluation.codebook import CodeCounts
 from pipeline.evaluation.collapse import SecondMoments, codes_dimension, effective_dimension, token_concentration
 from pipeline.evaluation.topology import count_torn, grid_correlation
 
-OTHER_SPACE = ("gumbel", "knn_simplex")
-"""Kinds that choose codes by logits: their codes don't lie among the latents, so distances between the two say nothing.
-"""
+VARIANCE_FLOOR = 1e-12
+"""Variance that is less than this of the mean's square is rounding error of float64: the latents are all equal."""
 METRIC_CODES = 65_536
 """Codebooks larger than this are counted, but their geometry is left alone."""
 
@@ -37,6 +36,7 @@ class QuantizerProbe:
         self.tokens = 0
         self.counts = CodeCounts()
         self._latents = SecondMoments()
+        self._compared_sum: Any = 0.0  # (codebook_dim,): of latents as they are compared with codes
         self._squared_norm = 0.0
         self._squared_error = 0.0
         self._torn = 0
@@ -49,8 +49,13 @@ class QuantizerProbe:
 
     @property
     def shares_space(self) -> bool:
-        """Whether a code lies where the latents lie that it stands for."""
-        return self.quantizer.config.kind not in OTHER_SPACE
+        """Whether a code lies where the latents lie that it stands for, as they are compared with it."""
+        return bool(self.quantizer.codes and self.quantizer.compares_latents)
+
+    @property
+    def has_error(self) -> bool:
+        """Whether vectors are meant to be where latents are: a learned map behind the codes takes them elsewhere."""
+        return self.shares_space and self.quantizer.project_out is None
 
     def __enter__(self) -> QuantizerProbe:
         self._handle = self.quantizer.register_forward_hook(self._look, with_kwargs=True)
@@ -72,18 +77,22 @@ class QuantizerProbe:
         if self.quantizer.codes:  # `identity` has none
             self.counts.add(torch.stack([group.bincount(minlength=self.quantizer.codes) for group in codes.T]))
         self._latents.add(latents)
-        self._squared_norm += float(latents.double().square().sum())
-        if self.shares_space:
-            self._squared_error += float((vectors.double() - latents.double()).square().sum())
+        if not self.shares_space:
+            return
+        compared = self.quantizer.real_latents(latents, None).double()  # projected, normalised
+        self._compared_sum = self._compared_sum + compared.sum(dim=0)
+        self._squared_norm += float(compared.square().sum())
+        if self.has_error:
+            self._squared_error += float((vectors.double() - compared).square().sum())
         if self.has_grid:
             codebook = self.quantizer.codebook()[0]
-            self._torn += count_torn(latents, codebook, self.quantizer.are_neighbours)
+            self._torn += count_torn(compared.float(), codebook, self.quantizer.are_neighbours)
 
     def compute(self) -> dict[str, float]:
         """Metrics by name; those that mean nothing for this quantizer are left out.
 
-        ``quantization_error`` is the mean squared distance of latents and vectors over the latents' total variance: 0
-        is lossless, 1 is what the latents' mean alone would give.
+        ``quantization_error`` is the mean squared distance of latents, as they are compared with codes, and vectors
+        over the latents' total variance: 0 is lossless, 1 is what the latents' mean alone would give.
         """
         if not self.tokens:
             raise ValueError("no real token went through the quantizer: there is nothing to measure")
@@ -95,9 +104,11 @@ class QuantizerProbe:
         if not self.quantizer.codes:
             return metrics
         metrics |= self.counts.compute()
-        variance = float(covariance.trace())
-        if self.shares_space and variance > 0:
-            metrics["quantization_error"] = self._squared_error / self.tokens / variance
+        if self.has_error:
+            square = float((self._compared_sum / self.tokens).square().sum())
+            variance = self._squared_norm / self.tokens - square
+            if variance > VARIANCE_FLOOR * square:
+                metrics["quantization_error"] = self._squared_error / self.tokens / variance
         if self.quantizer.codes <= METRIC_CODES:
             metrics |= self._codebook_metrics(math.sqrt(self._squared_norm / self.tokens))
         return metrics

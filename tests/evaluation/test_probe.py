@@ -100,7 +100,43 @@ def test_nothing_seen_is_an_error() -> None:
         probe.compute()
 
 
-@pytest.mark.parametrize("kind", ["ste", "affine", "knn_simplex", "gumbel"])
+@pytest.mark.parametrize("kind", ["ksom", "gd_som", "rotation", "ste"])
+def test_latents_of_length_1_are_what_is_measured(kind: str) -> None:
+    """Metrics with normalise=l2 are those of the normalised latents, whatever length they came with."""
+    quantizer = build(kind, normalise="l2")
+    z = latents(60)
+    with QuantizerProbe(quantizer) as probe:
+        out = quantizer(100 * z)
+    with QuantizerProbe(quantizer) as of_unit:
+        quantizer(torch.nn.functional.normalize(z, dim=-1))
+    metrics, expected = probe.compute(), of_unit.compute()
+    del metrics["latent_dimension"], expected["latent_dimension"]  # the encoder's own
+    assert metrics == pytest.approx(expected, rel=1e-4)
+    unit = torch.nn.functional.normalize(z, dim=-1)
+    error = (out.vectors.detach() - unit).square().sum(-1).mean() / torch.cov(unit.T, correction=0).trace()
+    assert metrics["quantization_error"] == pytest.approx(float(error), rel=1e-4)
+
+
+@pytest.mark.parametrize("kind", ["ksom", "gd_som", "simvq"])
+def test_projected_latents_are_compared_in_the_codes_space(kind: str) -> None:
+    quantizer = build(kind, codebook_dim=2)
+    z = latents(60)
+    with QuantizerProbe(quantizer) as probe:
+        quantizer(z)
+    metrics = probe.compute()
+    assert "quantization_error" not in metrics
+    assert metrics["latent_dimension"] == 4
+    assert metrics["token_concentration"] > 0
+    if kind != "simvq":
+        inner = build_quantizer({"kind": kind, "dim": 2, "codes": 6})
+        inner.load_state_dict({n: v for n, v in quantizer.state_dict().items() if not n.startswith("project")})
+        with QuantizerProbe(inner) as plain:
+            inner.eval()(quantizer.project_in(z).detach())
+        for name in ("topographic_error", "grid_correlation", "token_concentration", "codebook_perplexity"):
+            assert metrics[name] == pytest.approx(plain.compute()[name], rel=1e-4)
+
+
+@pytest.mark.parametrize("kind", ["ste", "affine", "knn_simplex", "gumbel", "gd_som", "simvq", "rotation"])
 def test_every_family_can_be_watched(kind: str) -> None:
     quantizer = build(kind)
     with QuantizerProbe(quantizer) as probe:
@@ -108,7 +144,7 @@ def test_every_family_can_be_watched(kind: str) -> None:
     metrics = probe.compute()
     assert 1 <= metrics["codebook_perplexity"] <= 6
     assert math.isfinite(metrics["latent_dimension"])
-    assert ("quantization_error" in metrics) == (kind in ("ste", "affine"))
+    assert ("quantization_error" in metrics) == (kind not in ("knn_simplex", "gumbel"))
 
 
 def test_without_a_codebook_only_latents_are_measured() -> None:
