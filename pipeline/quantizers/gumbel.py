@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from pipeline.quantizers.base import Quantized, Quantizer, QuantizerOptions, look_up
+from pipeline.quantizers.entropy import Scope, ScopeWatch, joint_mean, perplexity
 from pipeline.quantizers.learned import LearnedTable, LinearHead
 
 
@@ -29,6 +30,11 @@ class GumbelConfig(QuantizerOptions):
         (2.0, 0.5, 0.999995), description="at the start, at the end, and the factor of each optimiser step"
     )
     diversity_weight: float = Field(0.1, ge=0, description="weight of the loss that asks for even use of codes")
+    scope: Scope = Field(
+        "micro_batch",
+        description="where the use of codes is to be even. global: over the micro-batches that all ranks hold at one "
+        "time, which makes results depend on the number of ranks",
+    )
 
     @model_validator(mode="after")
     def _temperature_falls(self) -> Any:
@@ -42,9 +48,15 @@ class GumbelConfig(QuantizerOptions):
 
 
 class GumbelQuantizer(Quantizer):
-    """``loss = diversity_weight · (G·V − Σ_g exp H(p̄_g)) / (G·V)``, p̄ the mean softmax over a micro-batch's tokens."""
+    """``loss = diversity_weight · (G·V − Σ_g exp H(p̄_g)) / (G·V)``, p̄ the mean softmax over a micro-batch's tokens.
+
+    Under ``scope=global`` p̄ is over what all ranks hold at one time: each rank with tokens has the joint loss, and the
+    gradients weighted by the ranks' tokens sum up to the joint one. It costs one all-reduce of G·V numbers a forward,
+    and in training every rank must call ``forward`` equally often.
+    """
 
     config: GumbelConfig
+    compares_latents = False
 
     def __init__(self, config: GumbelConfig) -> None:
         assert config.dim is not None
@@ -52,6 +64,7 @@ class GumbelQuantizer(Quantizer):
         super().__init__(config, dim=config.dim, codes=config.codes, groups=config.groups, input_dim=input_dim)
         self.head = LinearHead(input_dim, self.groups, self.codes, std=1.0)
         self.code_vectors = LearnedTable(torch.rand(self.groups, self.codes, self.code_dim))
+        self._scope = ScopeWatch(config.kind, config.scope)
 
     def temperature(self) -> Tensor:
         """Of the next forward: fp32 scalar, max(start · factor^steps, end)."""
@@ -75,7 +88,9 @@ class GumbelQuantizer(Quantizer):
         else:
             codes = logits.argmax(dim=-1)
             vectors = look_up(codebook, codes)
-        perplexities = perplexity_of_mean(functional.softmax(logits, dim=-1))
+        sums = functional.softmax(logits, dim=-1).sum(dim=0)  # (groups, codes)
+        scope = self.config.scope if self.training else "micro_batch"  # ranks may evaluate unequally often
+        perplexities = perplexity(joint_mean(sums, len(latents), scope, self.process_group))
         places = self.groups * self.codes
         if len(latents):
             diversity = (places - perplexities.sum()) / places
@@ -88,16 +103,13 @@ class GumbelQuantizer(Quantizer):
     def assign(self, latents: Tensor) -> Tensor:
         return self.head.likeliest(latents)
 
+    def observe(self, latents: Tensor, codes: Tensor) -> None:
+        self._scope.saw_forward()
+
+    def update(self, statistics: dict[str, Tensor]) -> None:
+        self._scope.saw_step()
+
 
 def gumbel_noise(like: Tensor) -> Tensor:
     """Standard Gumbel noise from torch's generator, of the shape of ``like``."""
     return -torch.empty_like(like).exponential_().log()
-
-
-def perplexity_of_mean(probabilities: Tensor) -> Tensor:
-    """exp of the entropy in nats of the mean over tokens: ``(tokens, groups, codes)`` → ``(groups,)``.
-
-    fairseq's 1e-7 keeps log(0) out.
-    """
-    mean = probabilities.sum(dim=0) / max(1, len(probabilities))
-    return torch.exp(-(mean * torch.log(mean + 1e-7)).sum(dim=-1))

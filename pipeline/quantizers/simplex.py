@@ -306,6 +306,8 @@ def _largest_of_columns(values: Tensor, number: int) -> tuple[Tensor, Tensor]:
 def _largest(values: Tensor, number: int) -> tuple[Tensor, Tensor]:
     """The largest of the last axis and their places, largest first, of equal ones the first, which topk leaves open."""
     best, places = values.topk(number, dim=-1)
+    if not number:
+        return best, places
     tied = (values >= best[..., -1:]).sum(dim=-1) > number
     if number > 1:
         tied |= (best[..., 1:] == best[..., :-1]).any(dim=-1)

@@ -45,6 +45,30 @@ def test_diversity_is_that_of_the_mean_softmax_without_noise():
     assert float(loss.detach()) == pytest.approx(float(0.1 * (8 - perplexities.sum()) / 8), abs=1e-6)
 
 
+def test_golden_diversity():
+    """Section 4.5 of the specification: perplexity 2.815653 of the mean (.425, .4, .175), loss (M − ppl)/M."""
+    quantizer = build(codes=3, groups=1, dim=3, diversity_weight=1.0)
+    quantizer.head.weight.data.copy_(torch.eye(3))
+    mixtures = torch.tensor([[0.7, 0.2, 0.1], [0.6, 0.3, 0.1], [0.1, 0.8, 0.1], [0.3, 0.3, 0.4]])
+    for training in (True, False):
+        out = quantizer.train(training)(mixtures.log())
+        assert float(out.losses["diversity"].detach()) == pytest.approx(0.061449, abs=1e-6)
+        assert float(out.metrics["prob_perplexity"]) == pytest.approx(2.815653, abs=3e-6)
+
+
+def test_global_scope_on_one_process_is_that_of_the_micro_batch_and_tells_of_accumulation():
+    latents = torch.randn(20, 6)
+    losses = [build(scope=scope)(latents).losses["diversity"] for scope in ("micro_batch", "global")]
+    assert torch.equal(*losses)
+    quantizer = build(scope="global")
+    sync = CodebookSync(quantizer)
+    for _ in range(2):
+        quantizer(latents)
+    with pytest.warns(UserWarning, match="gumbel with scope=global was called 2 times in one optimiser step"):
+        sync.step()
+    assert not quantizer.compares_latents
+
+
 def test_diversity_of_even_and_of_collapsed_codes():
     quantizer = build(diversity_weight=1.0)
     quantizer.head.weight.data.zero_()
