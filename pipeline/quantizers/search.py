@@ -1,6 +1,6 @@
 """The nearest code of each latent, without ever holding tokens × codes distances.
 
-In: latents and codebooks in fp32. Out: codes. Pure functions; no state.
+In: latents and codebooks in fp32. Out: codes. Pure functions; no state but scratch memory.
 
 Products run in tiles that stay in cache, so the search costs little more than the matrix product itself. Rows are
 padded to full blocks, so that a token's code does not depend on how many tokens came with it: matrix libraries choose
@@ -9,13 +9,19 @@ another summation order for a handful of rows, and ranks would disagree with a s
 
 from __future__ import annotations
 
+import threading
+
 import torch
 from torch import Tensor
 
-TILE_ELEMENTS = {"cpu": 1 << 21, "cuda": 1 << 26}
-"""Distances held at once: 8 MB of fp32 on a CPU, what its cache holds; more on a GPU, where a launch is what costs."""
+TILE_ELEMENTS = {"cpu": 1 << 20, "cuda": 1 << 26}
+"""Distances held at once: 4 MB of fp32 on a CPU, what its cache holds; more on a GPU, where a launch is what costs."""
+TILE_DIM = 128
+"""Longer vectors get proportionally larger tiles, 4 times at most: each product packs all codes anew."""
 BLOCK = 64
-"""Fewest rows of a product, and columns that one step of the argmin compares."""
+"""Fewest rows of a product, and columns that one step of the argmin compares where it goes by blocks."""
+FEW_THREADS = 4
+"""Up to here NumPy's argmax on one thread beats torch's passes on all."""
 CENTRE_CODES = 256
 """Codes that the centre is taken from, at most."""
 
@@ -34,57 +40,82 @@ def nearest_codes(latents: Tensor, codebook: Tensor) -> Tensor:
     for group, codes in enumerate(codebook.detach().float()):
         centre = codes[:: -(-len(codes) // CENTRE_CODES)].median(dim=0).values
         centred = codes - centre
-        found.append(highest_scores(latents[:, group].float() - centre, centred, -centred.square().sum(dim=1) / 2))
+        found.append(highest_scores(latents[:, group], centred, -centred.square().sum(dim=1) / 2, centre))
     return torch.stack(found, dim=1)
 
 
 @torch.no_grad()
-def highest_scores(latents: Tensor, weights: Tensor, bias: Tensor) -> Tensor:
-    """The code with the highest score z·w + b of each latent; of equal ones the first.
+def highest_scores(latents: Tensor, weights: Tensor, bias: Tensor, centre: Tensor | None = None) -> Tensor:
+    """The code with the highest score (z − m)·w + b of each latent; of equal ones the first.
 
-    latents ``(tokens, dim)``, weights ``(codes, dim)``, bias ``(codes,)`` → int64 ``(tokens,)``.
+    latents ``(tokens, dim)``, weights ``(codes, dim)``, bias ``(codes,)``, m = centre ``(dim,)`` or none for 0 →
+    int64 ``(tokens,)``.
     """
     tokens, codes = latents.shape[0], weights.shape[0]
     found = torch.empty(tokens, dtype=torch.int64, device=latents.device)
     if not tokens:
         return found
-    elements = TILE_ELEMENTS.get(latents.device.type, TILE_ELEMENTS["cuda"])
+    dim = weights.shape[1]
+    elements = TILE_ELEMENTS.get(latents.device.type, TILE_ELEMENTS["cuda"]) * min(max(dim // TILE_DIM, 1), 4)
     columns = min(-(-codes // BLOCK) * BLOCK, elements // BLOCK)
-    rows = max(elements // columns // BLOCK, 1) * BLOCK
+    rows = min(max(elements // columns // BLOCK, 1), -(-tokens // BLOCK)) * BLOCK
     padding = -codes % columns  # columns of full width; codes of padding can't win
-    weights = torch.cat([weights, weights.new_zeros(padding, weights.shape[1])]).T
-    bias = torch.cat([bias, bias.new_full((padding,), -torch.inf)])
-    tile = latents.new_empty(min(rows, -(-tokens // BLOCK) * BLOCK), columns)
+    if padding:
+        weights = torch.cat([weights, weights.new_zeros(padding, dim)])
+        bias = torch.cat([bias, bias.new_full((padding,), -torch.inf)])
+    tile = _scratch_memory(rows * columns, latents.device).view(rows, columns)
+    part = weights.new_zeros(rows, dim)
     for start in range(0, tokens, rows):
-        part = latents[start : start + rows]
-        real = part.shape[0]
-        if real % BLOCK:
-            part = torch.cat([part, part.new_zeros(-real % BLOCK, part.shape[1])])
-        found[start : start + real] = _best_of_rows(part, weights, bias, tile[: len(part)])[:real]
+        real = min(rows, tokens - start)
+        if centre is None:
+            part[:real] = latents[start : start + real]
+        else:
+            torch.sub(latents[start : start + real], centre, out=part[:real])
+        padded = -(-real // BLOCK) * BLOCK
+        part[real:padded] = 0
+        found[start : start + real] = _best_of_rows(part[:padded], weights, bias, tile[:padded])[:real]
     return found
 
 
 def _best_of_rows(part: Tensor, weights: Tensor, bias: Tensor, tile: Tensor) -> Tensor:
     columns = tile.shape[1]
-    best: Tensor | None = None
-    winners: Tensor | None = None
-    for first in range(0, weights.shape[1], columns):
+    winners = first_maximum(torch.addmm(bias[:columns], part, weights[:columns].T, out=tile))
+    if len(weights) == columns:
+        return winners
+    best = tile.gather(1, winners.unsqueeze(1)).squeeze(1)
+    for first in range(columns, len(weights), columns):
         block = slice(first, first + columns)
-        highest, places = _first_maximum(torch.addmm(bias[block], part, weights[:, block], out=tile))
-        if best is None or winners is None:
-            best, winners = highest, places
-        else:
-            better = highest > best  # strictly: of equally good codes the first stays
-            best, winners = torch.where(better, highest, best), torch.where(better, places + first, winners)
-    assert winners is not None
+        places = first_maximum(torch.addmm(bias[block], part, weights[block].T, out=tile))
+        highest = tile.gather(1, places.unsqueeze(1)).squeeze(1)
+        better = highest > best  # strictly: of equally good codes the first stays
+        best, winners = torch.where(better, highest, best), torch.where(better, places + first, winners)
     return winners
 
 
-def _first_maximum(scores: Tensor) -> tuple[Tensor, Tensor]:
-    """Highest score of each row ``(rows, n · BLOCK)`` and its first place: block by block, since a plain maximum
-    vectorises on a CPU and an argmax does not."""
+def first_maximum(scores: Tensor) -> Tensor:
+    """The first place of each row's highest score: fp32 ``(rows, n · BLOCK)`` without grad → int64 ``(rows,)``.
+
+    torch's own argmax is not vectorised on a CPU and would cost half as much as the product that made the scores.
+    NumPy's is; with many threads torch's maximum, which is vectorised too, finds the block that holds it sooner.
+    """
+    if scores.device.type == "cpu" and torch.get_num_threads() <= FEW_THREADS:
+        return torch.from_numpy(scores.numpy().argmax(axis=1))
     blocks = scores.view(scores.shape[0], -1, BLOCK)
-    by_block = blocks.amax(dim=2)
-    block = by_block.argmax(dim=1)
+    block = blocks.amax(dim=2).argmax(dim=1)
     chosen = blocks[torch.arange(len(block), device=block.device), block]
-    return by_block.gather(1, block.unsqueeze(1)).squeeze(1), block * BLOCK + chosen.argmax(dim=1)
+    return block * BLOCK + chosen.argmax(dim=1)
+
+
+_kept = threading.local()
+
+
+def _scratch_memory(elements: int, device: torch.device) -> Tensor:
+    """fp32 memory for one search. A GPU's allocator keeps what it gave; a CPU's gives it back to the system, and each
+    page that comes anew costs more than the scores on it: a thread keeps its own."""
+    if device.type != "cpu":
+        return torch.empty(elements, device=device)
+    memory = getattr(_kept, "memory", None)
+    if memory is None or memory.numel() < elements:
+        with torch.inference_mode(False):  # else nothing could write to it outside of that mode
+            memory = _kept.memory = torch.empty(elements)
+    return memory[:elements]

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pipeline.quantizers import search
-from pipeline.quantizers.search import highest_scores, nearest_codes
+from pipeline.quantizers.search import first_maximum, highest_scores, nearest_codes
 
 
 def _exact(latents, codebook):
@@ -73,3 +73,28 @@ def test_highest_scores(codes):
     latents, weights = torch.randn(90, 6, generator=generator), torch.randn(codes, 6, generator=generator)
     bias = torch.randn(codes, generator=generator) - 50  # codes of padding must not win against negative scores
     assert torch.equal(highest_scores(latents, weights, bias), (latents @ weights.T + bias).argmax(dim=1))
+
+
+def test_both_ways_to_the_first_maximum_agree(monkeypatch):
+    scores = torch.randint(0, 40, (500, 192), generator=torch.Generator().manual_seed(0)).float()  # full of ties
+    scores[3] = -torch.inf
+    scores[3, 70] = -1e30
+    by_numpy = first_maximum(scores)
+    monkeypatch.setattr(search, "FEW_THREADS", 0)
+    assert torch.equal(first_maximum(scores), by_numpy)
+    assert torch.equal(by_numpy, scores.argmax(dim=1))
+
+
+def test_scratch_memory_outlives_inference_mode():
+    latents, codebook = torch.randn(10, 1, 4), torch.randn(1, 5, 4)
+    search._kept.__dict__.clear()
+    with torch.inference_mode():
+        found = nearest_codes(latents, codebook)
+    assert torch.equal(nearest_codes(latents, codebook), found)
+
+
+def test_latents_of_half_precision_are_compared_in_fp32():
+    generator = torch.Generator().manual_seed(0)
+    latents = torch.randn(200, 2, 16, generator=generator).bfloat16()
+    codebook = torch.randn(2, 70, 16, generator=generator)
+    assert torch.equal(nearest_codes(latents, codebook), nearest_codes(latents.float(), codebook))
