@@ -1,7 +1,11 @@
-"""The promise for codebooks, on real ranks: the same codebooks on any number of ranks, from one all-reduce a step."""
+"""The promise for codebooks, on real ranks: one all-reduce a step for all quantizers, and no rank waits forever.
+
+What training with an encoder makes of them is in test_parity.py.
+"""
 
 from __future__ import annotations
 
+from datetime import timedelta
 from typing import Any
 
 import pytest
@@ -10,21 +14,47 @@ from torch import Tensor, distributed, nn
 
 from pipeline import collectives
 from pipeline.codebooks import CodebookSync, initialise_codebooks
-from pipeline.quantizers import build_quantizer
+from pipeline.quantizers import build_quantizer, registry
 from tests.distributed.harness import run_ranks
 
 DIM = 8
 MICRO_BATCHES = 6  # a step: 6, 3 or 2 on each of 1, 2 or 3 ranks
 STEPS = 4
+COLLECTIVES = [
+    "all_reduce",
+    "all_reduce_coalesced",
+    "all_gather",
+    "all_gather_into_tensor",
+    "all_gather_object",
+    "all_to_all",
+    "barrier",
+    "broadcast",
+    "broadcast_object_list",
+    "gather",
+    "reduce",
+    "reduce_scatter",
+    "reduce_scatter_tensor",
+    "scatter",
+    "send",
+]
 KINDS: dict[str, dict[str, Any]] = {
     "ema": {"kind": "ema", "codes": 12, "decay": 0.8},
     "ema_groups": {"kind": "ema", "codes": 6, "groups": 2, "update_empty": False},
     "ksom_hard": {"kind": "ksom", "codes": 12, "grid": [4, 3], "decay": 0.8, "shrink_step": 1.0},
     "ksom_gaussian": {"kind": "ksom", "codes": 12, "neighbourhood": "gaussian", "decay": 0.8},
+    "gd_som": {"kind": "gd_som", "codes": 12},
     "ste": {"kind": "ste", "codes": 12},
+    "ste_inner": {"kind": "ste", "codes": 12, "inner_steps": 2, "codebook_dim": 4},
     "affine": {"kind": "affine", "codes": 12, "affine": "running"},
+    "simvq": {"kind": "simvq", "codes": 12},
+    "rotation": {"kind": "rotation", "codes": 12},
     "gumbel": {"kind": "gumbel", "codes": 6, "groups": 2},
     "knn_simplex": {"kind": "knn_simplex", "codes": 6},
+    "identity": {"kind": "identity"},
+}
+GLOBAL = {
+    "knn_simplex": {"kind": "knn_simplex", "codes": 6, "scope": "global"},
+    "gumbel": {"kind": "gumbel", "codes": 6, "groups": 2, "scope": "global"},
 }
 REPLACING: dict[str, dict[str, Any]] = {
     "ema": {"kind": "ema", "codes": 40, "decay": 0.8, "replace_after": 2},
@@ -54,7 +84,7 @@ def _train(kinds: dict[str, dict[str, Any]], steps: int) -> dict[str, Any]:
     model = _model(kinds).train()
     sync = CodebookSync(model)
     calls: list[str] = []
-    for name in ("all_reduce", "all_gather", "broadcast", "all_gather_object", "barrier", "reduce_scatter"):
+    for name in COLLECTIVES:
         _count(name, calls)
     rank, world_size = collectives.rank(), collectives.world_size()
     in_forward, in_step, health = [], [], []
@@ -131,11 +161,27 @@ def test_health_is_that_of_the_joint_batch(runs, world_size):
             assert together == pytest.approx(alone, rel=1e-9)
 
 
+def test_every_kind_is_here():
+    assert {options["kind"] for options in KINDS.values()} == set(registry.KINDS)
+    has_scope = {kind for kind, (config, _) in registry.KINDS.items() if "scope" in config.model_fields}
+    assert {options["kind"] for options in GLOBAL.values()} == has_scope
+
+
 @pytest.mark.parametrize("world_size", [2, 3])
 def test_one_all_reduce_a_step_and_none_elsewhere(runs, world_size):
+    """For all kinds with default options at once, however many quantizers there are."""
     for run in runs[world_size]:
         assert run["in_step"] == [["all_reduce"]] * STEPS
         assert run["in_forward"] == []
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_terms_over_all_ranks_add_one_collective_a_training_forward(world_size):
+    """And none in evaluation, whose forwards :func:`_train` has too; one rank has nobody to ask."""
+    for run in run_ranks(_train, world_size, GLOBAL, STEPS):
+        forwards = STEPS * MICRO_BATCHES // world_size * len(GLOBAL)
+        assert len(run["in_forward"]) == (forwards if world_size > 1 else 0)
+        assert run["in_step"] == ([["all_reduce"]] if world_size > 1 else [[]]) * STEPS
 
 
 @pytest.fixture(scope="module")
@@ -274,3 +320,35 @@ def test_neighbours_in_the_global_scope_are_those_of_the_joint_batch():
     for loss, gradients in run_ranks(_global_neighbours, 3):
         assert loss == pytest.approx(alone, rel=1e-5)
         assert gradients == pytest.approx(gradient, rel=1e-4, abs=1e-7)
+
+
+def _meet_nan(name: str, options: dict[str, Any]) -> tuple[str, bool]:
+    """The last rank meets NaN in its third step; every rank's error, and whether its codebook stayed as it was."""
+    torch.manual_seed(0)
+    group = distributed.new_group(timeout=timedelta(seconds=3))  # what collective_timeout is in a recipe
+    model = nn.ModuleDict({name: build_quantizer({"dim": DIM, **options})})
+    sync = CodebookSync(model, process_group=group)
+    for step in range(5):
+        latents, _ = _micro_batch(step, collectives.rank())
+        before = sync.checksum()
+        if step == 2 and collectives.rank() == collectives.world_size() - 1:
+            latents[1, 3, 2] = torch.nan
+            latents[0, 1, 0] = torch.inf
+        try:
+            model[name](latents)
+            sync.step()
+        except (ValueError, RuntimeError) as error:
+            return f"{type(error).__name__}: {error}", sync.checksum() == before
+    return "no error", False
+
+
+@pytest.mark.parametrize("kind", ["ema", "ste_inner"])
+def test_nan_on_one_rank_is_named_there_and_nobody_waits_forever(kind):
+    *others, met = run_ranks(_meet_nan, 2, kind, KINDS[kind], timeout=60)
+    message, unchanged = met
+    assert message.startswith(f"ValueError: {kind}, step 2: 2 of 34 latents hold NaN or infinity")
+    assert unchanged
+    for message, unchanged in others:
+        assert message.startswith("RuntimeError: ")
+        assert "imed out" in message
+        assert unchanged

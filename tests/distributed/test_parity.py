@@ -53,6 +53,12 @@ KINDS = {
         "codebook_dim": 4,
         **AVERAGE,
     },
+    "rotation-replace": {"kind": "rotation", "groups": 2, **AVERAGE, **REPLACED},
+    "rotation-l2-small": {"kind": "rotation", "normalise": "l2", "codebook_dim": 4, **AVERAGE},
+    "gd_som-hard": {"kind": "gd_som", "grid": [6, 4], **LEARNED},
+    "gd_som-gaussian": {"kind": "gd_som", "neighbourhood": "gaussian", "groups": 2, "codebook_dim": 4, **LEARNED},
+    "simvq": {"kind": "simvq", "groups": 2, **LEARNED},
+    "simvq-l2-small": {"kind": "simvq", "normalise": "l2", "codebook_dim": 4, **LEARNED},
     "ste": {"kind": "ste", "sync_nu": 0.1, **LEARNED},
     "ste-l2-replace": {"kind": "ste", "normalise": "l2", "groups": 2, **LEARNED, **REPLACED},
     "ste-small-inner-replace": {"kind": "ste", "codebook_dim": 4, "inner_steps": 2, **LEARNED, **REPLACED},
@@ -63,8 +69,8 @@ KINDS = {
     "knn-gumbel": {"kind": "knn_simplex", "codes": 8, "groups": 2, "logits": "linear", "sampler": "gumbel"},
     "gumbel": {"kind": "gumbel", "codes": 24, "groups": 2, "temperature": [2.0, 0.5, 0.9]},
 }
-LOOKING_FOR_THE_NEAREST = {"ema", "ksom", "ste", "affine"}
-WITHOUT_KMEANS = {"identity", "gumbel"}
+LOOKING_FOR_THE_NEAREST = {"ema", "ksom", "rotation", "gd_som", "simvq", "ste", "affine"}
+WITHOUT_KMEANS = {"identity", "simvq", "gumbel"}
 REPLACING = [name for name, options in KINDS.items() if "replace_after" in options]
 CASES = [
     pytest.param(world_size, micro_batches, recomputed, marks=() if fast else pytest.mark.slow)
@@ -263,7 +269,7 @@ def test_codes_were_replaced(name, micro_batches):
     assert runs(1, micro_batches, False)[0][name]["replaced"] > 0
 
 
-@pytest.mark.parametrize("name", [name for name in KINDS if name not in WITHOUT_KMEANS])
+@pytest.mark.parametrize("name", [name for name in KINDS if KINDS[name]["kind"] not in WITHOUT_KMEANS])
 def test_codes_began_as_those_of_k_means(name):
     torch.manual_seed(3)
     options = KINDS[name]
@@ -307,20 +313,26 @@ GLOBAL = {
 def test_global_neighbours_train_as_one_process_with_the_joint_batch():
     """scope=global is over the micro-batches that ranks hold at one time: here one a rank and step, of 4 in all."""
     (expected,) = run_ranks(train_all, 1, GLOBAL, 4, False, True)
-    for world_size, recomputed in ((2, False), (4, False), (4, True)):
+    for world_size, recomputed in ((2, False), (4, True)):
         for actual in run_ranks(train_all, world_size, GLOBAL, 4, recomputed, True):
             for name in GLOBAL:
                 for key, value in expected[name]["state"].items():
                     torch.testing.assert_close(actual[name]["state"][key], value, **TOLERANCE)
 
 
-def _global_neighbours(world_size):
-    """Gradients of knn_simplex with scope=global: this rank's third of twelve rows, token-weighted and summed."""
+GLOBAL_TERMS = {
+    "cross_entropy": {"kind": "knn_simplex", "codes": 8, "groups": 2, "neighbours": 3, "distance": "cross_entropy"},
+    "l2": {"kind": "knn_simplex", "codes": 8, "groups": 2, "neighbours": 3, "distance": "l2"},
+    "diversity": {"kind": "gumbel", "codes": 8, "groups": 2},
+}
+
+
+def _global_terms(world_size):
+    """Each term and its gradients for this rank's third of twelve rows, token-weighted and summed over ranks."""
     results = {}
-    for distance in ("cross_entropy", "l2"):
+    for name, options in GLOBAL_TERMS.items():
         torch.manual_seed(0)
-        options = {"kind": "knn_simplex", "dim": DIM, "codes": 8, "groups": 2, "scope": "global", "neighbours": 3}
-        quantizer = build_quantizer(options | {"distance": distance})
+        quantizer = build_quantizer({"dim": DIM, "scope": "global", **options})
         latents = torch.randn(12, 5, DIM)
         latents[3] = latents[2]  # equal tokens on one rank and on two: ties
         latents[4:6] = latents[2]
@@ -328,17 +340,20 @@ def _global_neighbours(world_size):
         mask[8:] = False  # on 3 ranks the last one is empty
         rows = torch.arange(12).chunk(world_size)[collectives.rank()]
         output = quantizer(latents[rows], mask[rows])
-        loss = output.losses["knn"] * (mask[rows].sum() / mask.sum())
+        (term,) = output.losses.values()  # without sampling noise
+        loss = term * (mask[rows].sum() / mask.sum())
         loss.backward()
-        gradient = collectives.all_reduce_sum(quantizer.code_vectors.weight.grad)
-        results[distance] = (collectives.all_reduce_sum(loss.detach()), gradient)
+        reduce_gradients(quantizer)
+        gradients = [parameter.grad for parameter in quantizer.parameters()]
+        assert any(bool(gradient.any()) for gradient in gradients)
+        results[name] = [collectives.all_reduce_sum(loss.detach()), *gradients]
     return results
 
 
-def test_global_neighbours_are_those_of_the_joint_batch_with_ties():
-    (expected,) = run_ranks(_global_neighbours, 1, 1)
+def test_global_terms_and_their_gradients_are_those_of_the_joint_batch():
+    (expected,) = run_ranks(_global_terms, 1, 1)
     for world_size in (2, 3):
-        for actual in run_ranks(_global_neighbours, world_size, world_size):
-            for distance, (loss, gradient) in expected.items():
-                torch.testing.assert_close(actual[distance][0], loss, atol=1e-6, rtol=1e-5)
-                torch.testing.assert_close(actual[distance][1], gradient, atol=1e-6, rtol=1e-4)
+        for actual in run_ranks(_global_terms, world_size, world_size):
+            for name, values in expected.items():
+                for found, value in zip(actual[name], values, strict=True):
+                    torch.testing.assert_close(found, value, atol=1e-6, rtol=1e-4)
