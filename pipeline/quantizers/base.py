@@ -103,6 +103,7 @@ class Quantized:
     codes: Tensor  # (tokens, groups) int64
     losses: dict[str, Tensor]
     metrics: dict[str, Tensor] = field(default_factory=dict)
+    usage: Tensor | None = None  # (groups, codes) fp32, where it is not simply how often each code occurs
 
 
 class Quantizer(nn.Module):
@@ -173,6 +174,10 @@ class Quantizer(nn.Module):
         ``codebook_dim`` that takes the place of ``dim``."""
         raise NotImplementedError
 
+    def vectors_of(self, codes: Tensor) -> Tensor:
+        """The effective vectors of codes: int64 ``(tokens, groups)`` → fp32 ``(tokens, groups, code_dim)``."""
+        return look_up(self.codebook(), codes)
+
     def prepare(self, latents: Tensor) -> Tensor:
         """Real latents ``(tokens, codebook_dim)`` as they are compared with codes: normalised, for example."""
         if getattr(self.config, "normalise", "none") == "none":
@@ -192,6 +197,11 @@ class Quantizer(nn.Module):
     def set_codebook(self, codebook: Tensor, counts: Tensor | None = None) -> None:
         """Set the effective codes ``(groups, codes, code_dim)``; ``counts (groups, codes)``: tokens of each."""
         raise ValueError(f"quantizer kind {self.config.kind} has no codes that can be set from latents")
+
+    def fit_codebook(self, latents: Tensor, cluster: Callable[[Tensor, int], tuple[Tensor, Tensor]]) -> None:
+        """Set the codes by ``cluster``, which finds centres and their counts for latents
+        ``(tokens, groups, code_dim)`` and a number of codes; ``latents`` are real ones, ``(tokens, codebook_dim)``."""
+        self.set_codebook(*cluster(self.split_groups(latents), self.codes))
 
     def moved_codes(self, statistics: dict[str, Tensor]) -> tuple[Tensor, Tensor] | None:
         """Learned codes that one step's statistics move by themselves: which, bool ``(groups, codes)``, and where to,
@@ -220,10 +230,10 @@ class Quantizer(nn.Module):
             latents = self.real_latents(z, mask)
             found = self.quantize(latents)
             vectors = found.vectors if self.project_out is None else self.project_out(found.vectors)
-        usage = count_codes(found.codes, self.codes)
+        usage = count_codes(found.codes, self.codes) if found.usage is None else found.usage
         if self.records():
             with torch.no_grad():
-                if self.codes:
+                if "usage" in self._shapes:
                     self.add_statistic("usage", usage)
                 self.observe(latents.detach(), found.codes)
         vectors = _scatter(vectors.to(z.dtype), mask, z.shape[:-1], 0)
@@ -249,9 +259,9 @@ class Quantizer(nn.Module):
             raise ValueError(
                 f"codes lie in {int(codes.min())}…{int(codes.max())}: use 0…{self.codes - 1}, or -1 for no token"
             )
-        vectors = look_up(self.codebook(), codes.reshape(-1, self.groups).clamp(min=0))
+        vectors = self.vectors_of(codes.reshape(-1, self.groups).clamp(min=0))
         vectors = vectors.reshape(*codes.shape[:-1], self.groups, self.code_dim) * (codes >= 0).unsqueeze(-1)
-        vectors = vectors.reshape(*codes.shape[:-1], self.codebook_dim)
+        vectors = self.join_groups(vectors)
         if self.project_out is None:
             return vectors
         return self.project_out(vectors) * (codes >= 0).any(dim=-1, keepdim=True)
@@ -334,6 +344,10 @@ class Quantizer(nn.Module):
     def split_groups(self, latents: Tensor) -> Tensor:
         """``(tokens, codebook_dim)`` → ``(tokens, groups, code_dim)``: group g holds the channels g·code_dim … ."""
         return latents.reshape(-1, self.groups, self.code_dim)
+
+    def join_groups(self, vectors: Tensor) -> Tensor:
+        """The vector that codes' vectors make up: ``(..., groups, code_dim)`` → ``(..., codebook_dim)``."""
+        return vectors.flatten(start_dim=-2)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Quantizer:
         """Let state follow to another device but never to another dtype (design rule 5): steps of a moving average
