@@ -18,36 +18,38 @@ import torch
 from torch import Tensor, nn
 
 from pipeline import collectives
+from pipeline.quantizers.base import Quantizer
 
 MOMENTS = ("exp_avg", "exp_avg_sq", "momentum_buffer")
 
 
 @torch.no_grad()
 def write_codes(
-    module: nn.Module,
+    quantizer: Quantizer,
     chosen: Tensor,
     write: Callable[[], None],
     optimizer: torch.optim.Optimizer | None = None,
     *,
     forget: bool = True,
 ) -> None:
-    """Call ``write``, which changes the codes of ``chosen``, bool ``(groups, codes)``, in ``module``'s own state, and
-    carry the change to where an engine keeps copies. Called by every rank with the same values.
+    """Call ``write``, which changes the codes of ``chosen``, bool ``(groups, codes)``, in the quantizer's own state,
+    and carry the change to where an engine keeps copies. Called by every rank with the same values.
 
     ``forget``: whether the optimiser's moments of these codes become zero. ``optimizer`` is needed for a plain torch
     optimiser's moments only; an engine's are found from the parameters.
 
-    Raises RuntimeError, and changes nothing, for codes of a lower precision whose fp32 copy can't be found.
+    Raises RuntimeError, and changes no code, for codes of a lower precision whose fp32 copy can't be found.
     """
-    for name, parameter in module.named_parameters():
-        if parameter.element_size() < 4 and not _has_master(parameter):
+    for name, parameter in quantizer.named_parameters():
+        by_code = parameter.shape[:2] == chosen.shape
+        if by_code and parameter.element_size() < 4 and not _has_master(parameter):
             raise RuntimeError(
-                f"{name} is {parameter.dtype} and its fp32 copy in the optimiser can't be found: use torch_autocast "
-                "instead of DeepSpeed's own bf16 or fp16 mode, or ZeRO 1, 2 or 3"
+                f"{quantizer.name}.{name} is {parameter.dtype} and its fp32 copy in the optimiser can't be found: use "
+                "torch_autocast instead of DeepSpeed's own bf16 or fp16 mode, or ZeRO 1, 2 or 3"
             )
-    with _whole(list(module.parameters())):
+    with _whole(list(quantizer.parameters())):
         write()
-        written = [(parameter, parameter.detach().float().clone()) for parameter in module.parameters()]
+        written = [(parameter, parameter.detach().float().clone()) for parameter in quantizer.parameters()]
     for parameter, value in written:
         if value.dim() != 3 or value.shape[:2] != chosen.shape:
             continue  # not a parameter by code
@@ -62,13 +64,13 @@ def write_codes(
                     moment[chosen] = 0
 
 
-def check_precision(name: str, module: nn.Module) -> None:
-    """Raise RuntimeError if an engine has cast buffers of quantizer ``name`` below fp32: their digits are gone."""
-    for key, buffer in module.named_buffers():
+def check_precision(quantizer: Quantizer) -> None:
+    """Raise RuntimeError if an engine has cast buffers of ``quantizer`` below fp32: their digits are gone."""
+    for key, buffer in quantizer.named_buffers():
         if buffer.is_floating_point() and buffer.element_size() < 4:
             raise RuntimeError(
-                f"{name}.{key} is {buffer.dtype}: codebook state must stay fp32; leave data_types.buffer_dtype out of "
-                "DeepSpeed's settings, or keep_in_fp32_modules at 'auto'"
+                f"{quantizer.name}.{key} is {buffer.dtype}: codebook state must stay fp32; leave "
+                "data_types.buffer_dtype out of DeepSpeed's settings, or keep_in_fp32_modules at 'auto'"
             )
 
 

@@ -54,8 +54,8 @@ class CodebookSync:
         Called by every rank once an optimiser step, after the optimiser's own step. A step in which codes are replaced
         needs one collective more. Raises RuntimeError when an engine has cast codebook state below fp32.
         """
-        for name, quantizer in self.quantizers.items():
-            check_precision(name or "quantizer", quantizer)
+        for quantizer in self.quantizers.values():
+            check_precision(quantizer)
         pending = {name: quantizer.pending() for name, quantizer in self.quantizers.items()}
         tensors = [tensor for of_quantizer in pending.values() for tensor in of_quantizer]
         reduced = {}
