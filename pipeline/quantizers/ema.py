@@ -19,11 +19,9 @@ from pipeline.quantizers.base import (
     Quantizer,
     QuantizerOptions,
     ReplacementOptions,
-    look_up,
-    mean_square,
-    straight_through,
     sum_by_code,
 )
+from pipeline.quantizers.commitment import commit
 from pipeline.quantizers.search import nearest_codes
 
 
@@ -66,9 +64,8 @@ class EMAQuantizer(Quantizer):
 
     def quantize(self, latents: Tensor) -> Quantized:
         codes = self.assign(latents)
-        vectors = look_up(self.code_vectors, codes).reshape(-1, self.codebook_dim)
-        commitment = self.config.commitment * mean_square(vectors - latents)
-        return Quantized(straight_through(latents, vectors), codes, {"commitment": commitment})
+        vectors, distance = commit(latents, self.code_vectors, codes)
+        return Quantized(vectors, codes, {"commitment": self.config.commitment * distance})
 
     def assign(self, latents: Tensor) -> Tensor:
         return nearest_codes(self.split_groups(latents), self.code_vectors)
