@@ -74,8 +74,8 @@ class CodebookSync:
         return CodebookHealth(
             [
                 measure_usage(name or "quantizer", reduced[name][0], replaced.get(name, 0))  # the first is the usage
-                for name, quantizer in self.quantizers.items()
-                if quantizer.codes
+                for name in self.quantizers
+                if reduced.get(name)  # a quantizer may have no codes, or leave them to quantizers within
             ]
         )
 
