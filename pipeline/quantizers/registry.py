@@ -14,11 +14,13 @@ from pydantic import BaseModel, Field, ValidationError
 from pipeline.quantizers.affine import AffineConfig, AffineQuantizer
 from pipeline.quantizers.base import Quantizer
 from pipeline.quantizers.ema import EMAConfig, EMAQuantizer
+from pipeline.quantizers.fsq import FSQConfig, FSQQuantizer
 from pipeline.quantizers.gd_som import GDSOMConfig, GDSOMQuantizer
 from pipeline.quantizers.gumbel import GumbelConfig, GumbelQuantizer
 from pipeline.quantizers.identity import IdentityConfig, IdentityQuantizer
 from pipeline.quantizers.knn_simplex import KNNSimplexConfig, KNNSimplexQuantizer
 from pipeline.quantizers.ksom import KSOMConfig, KSOMQuantizer
+from pipeline.quantizers.lfq import LFQConfig, LFQQuantizer
 from pipeline.quantizers.rotation import RotationConfig, RotationQuantizer
 from pipeline.quantizers.simvq import SimVQConfig, SimVQQuantizer
 from pipeline.quantizers.ste import STEConfig, STEQuantizer
@@ -34,6 +36,8 @@ KINDS: dict[str, tuple[type[BaseModel], Any]] = {
     "gumbel": (GumbelConfig, GumbelQuantizer),
     "simvq": (SimVQConfig, SimVQQuantizer),
     "rotation": (RotationConfig, RotationQuantizer),
+    "fsq": (FSQConfig, FSQQuantizer),
+    "lfq": (LFQConfig, LFQQuantizer),
 }
 
 QuantizerConfig = Annotated[
@@ -46,7 +50,9 @@ QuantizerConfig = Annotated[
     | KNNSimplexConfig
     | GumbelConfig
     | SimVQConfig
-    | RotationConfig,
+    | RotationConfig
+    | FSQConfig
+    | LFQConfig,
     Field(discriminator="kind"),
 ]
 
