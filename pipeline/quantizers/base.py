@@ -149,7 +149,8 @@ class Quantizer(nn.Module):
         self.register_buffer("updates", torch.zeros((), dtype=torch.int64))  # optimiser steps done, for schedules
         # Pending statistics are no buffers: DistributedDataParallel would overwrite those by rank 0's.
         self._shapes: dict[str, tuple[int, ...]] = {}
-        self._pending: dict[str, Tensor] = {}
+        self._room: dict[str, Tensor] = {}  # where they lie: CodebookSync's, if there is one
+        self._pending: set[str] = set()  # those that something was added to since the last step
         self.process_group: Any = None  # CodebookSync's; None: all ranks
         if codes:
             self.declare_statistic("usage", groups, codes)
@@ -279,13 +280,29 @@ class Quantizer(nn.Module):
 
     def add_statistic(self, name: str, value: Tensor) -> None:
         """Add ``value`` to a pending statistic."""
-        pending = self._pending.get(name)
-        self._pending[name] = value.float().clone() if pending is None else pending.to(value.device) + value
+        self.pending_statistic(name).add_(value)
+
+    def pending_statistic(self, name: str) -> Tensor:
+        """A pending statistic, to add to in place; zeros if nothing came since the last step."""
+        room, device = self._room.get(name), self.updates.device
+        if room is None or room.device != device:
+            here = torch.empty(self._shapes[name], dtype=torch.float32, device=device)
+            room = self._room[name] = here if room is None else here.copy_(room)
+        if name not in self._pending:
+            room.zero_()
+            self._pending.add(name)
+        return room
 
     def pending(self) -> list[Tensor]:
-        """Statistics since the last step, in the order in which they were declared; zeros where nothing came."""
-        zeros = {name: torch.zeros(shape, device=self.updates.device) for name, shape in self._shapes.items()}
-        return [self._pending.get(name, zeros[name]) for name in self._shapes]
+        """Statistics since the last step, in the order in which they were declared; zeros where nothing came. The next
+        forward adds to these very tensors."""
+        return [self.pending_statistic(name) for name in self._shapes]
+
+    def keep_pending_in(self, room: list[Tensor]) -> None:
+        """Let pending statistics lie in ``room``, tensors of the layout and device of :meth:`pending`, from now on."""
+        for place, now in zip(room, self.pending(), strict=True):
+            place.copy_(now)
+        self._room = dict(zip(self._shapes, room, strict=True))
 
     def named_statistics(self, reduced: list[Tensor]) -> dict[str, Tensor]:
         """What :meth:`pending` gave, summed over ranks, by name; raises ValueError for another layout."""
@@ -374,11 +391,16 @@ def sum_by_code(latents: Tensor, codes: Tensor, number: int) -> Tensor:
 
     latents ``(tokens, groups, code_dim)``, codes ``(tokens, groups)`` → ``(groups, number, code_dim)``.
     """
-    tokens, groups, code_dim = latents.shape
-    sums = latents.new_zeros(groups * number, code_dim)
+    sums = latents.new_zeros(latents.shape[1], number, latents.shape[2])
+    add_by_code(sums, latents, codes)
+    return sums
+
+
+def add_by_code(sums: Tensor, latents: Tensor, codes: Tensor) -> None:
+    """Add latents ``(tokens, groups, code_dim)`` to the sums of their codes, ``(groups, number, code_dim)``."""
+    groups, number, code_dim = sums.shape
     places = codes + torch.arange(groups, device=codes.device) * number  # group g's codes start at g · number
-    sums.index_add_(0, places.reshape(-1), latents.reshape(tokens * groups, code_dim))
-    return sums.reshape(groups, number, code_dim)
+    sums.view(-1, code_dim).index_add_(0, places.reshape(-1), latents.reshape(-1, code_dim))
 
 
 def look_up(codebook: Tensor, codes: Tensor) -> Tensor:

@@ -19,7 +19,7 @@ from pipeline.quantizers.base import (
     Quantizer,
     QuantizerOptions,
     ReplacementOptions,
-    sum_by_code,
+    add_by_code,
 )
 from pipeline.quantizers.commitment import commit
 from pipeline.quantizers.search import nearest_codes
@@ -74,7 +74,7 @@ class EMAQuantizer(Quantizer):
         return self.code_vectors.detach()
 
     def observe(self, latents: Tensor, codes: Tensor) -> None:
-        self.add_statistic("sums", sum_by_code(self.split_groups(latents), codes, self.codes))
+        add_by_code(self.pending_statistic("sums"), self.split_groups(latents), codes)
 
     def update(self, statistics: dict[str, Tensor]) -> None:
         """Irie et al., equations 3–5 with their neighbourhood A(t): n = Aᵀ counts, S = Aᵀ sums, then the averages."""
