@@ -78,26 +78,33 @@ class EMAQuantizer(Quantizer):
 
     def update(self, statistics: dict[str, Tensor]) -> None:
         """Irie et al., equations 3–5 with their neighbourhood A(t): n = Aᵀ counts, S = Aᵀ sums, then the averages."""
-        if not statistics["usage"].any():
+        counts, sums = statistics["usage"], statistics["sums"]
+        if not counts.any():
             return  # no real token on any rank: there is nothing to average
-        joined = torch.cat([statistics["usage"].unsqueeze(-1), statistics["sums"]], dim=-1)
-        blurred = self.spread(joined)  # (groups, codes, 1 + code_dim)
-        new_counts, new_sums = blurred[..., 0], blurred[..., 1:]
-        decay, epsilon = self.config.decay, self.config.epsilon
-        counts = decay * self.code_counts + (1 - decay) * new_counts
-        sums = decay * self.code_sums + (1 - decay) * new_sums
         if self.config.update_empty:
-            total = counts.sum(dim=1, keepdim=True)
-            counts = (counts + epsilon) / (total + self.codes * epsilon) * total
-            self.code_counts.copy_(counts)
-            self.code_sums.copy_(sums)
-            self.code_vectors.copy_(self.normalise(sums / counts.unsqueeze(-1)))
+            self.average(counts, sums)
+            total = self.code_counts.sum(dim=1, keepdim=True)
+            epsilon = self.config.epsilon
+            self.code_counts.add_(epsilon).div_(total + self.codes * epsilon).mul_(total)
+            self.divide()
             return
-        met = new_counts > 0
-        self.code_counts.copy_(torch.where(met, counts, self.code_counts))
-        met, counts = met.unsqueeze(-1), counts.unsqueeze(-1)
-        self.code_sums.copy_(torch.where(met, sums, self.code_sums))
-        self.code_vectors.copy_(torch.where(met, self.normalise(sums / counts), self.code_vectors))
+        missed = self.spread(counts.unsqueeze(-1)).squeeze(-1) <= 0
+        before = [(state, state[missed]) for state in (self.code_counts, self.code_sums, self.code_vectors)]
+        self.average(counts, sums)
+        self.divide()
+        for state, values in before:
+            state[missed] = values
+
+    def average(self, counts: Tensor, sums: Tensor) -> None:
+        """Let the moving averages take a step's counts ``(groups, codes)`` and sums ``(groups, codes, code_dim)``."""
+        self.code_counts.lerp_(counts, 1 - self.config.decay)
+        self.code_sums.lerp_(sums, 1 - self.config.decay)
+
+    def divide(self) -> None:
+        """Codes from their sums and counts."""
+        torch.div(self.code_sums, self.code_counts.unsqueeze(-1), out=self.code_vectors)
+        if self.config.normalise != "none":
+            self.code_vectors.copy_(self.normalise(self.code_vectors))
 
     def spread(self, statistics: Tensor) -> Tensor:
         """Share each code's statistics ``(groups, codes, n)`` with its neighbours; here there are none."""

@@ -18,10 +18,12 @@ from pipeline.quantizers.ema import EMAQuantizer, MovingAverageOptions
 from pipeline.quantizers.neighbourhood import (
     NEIGHBOUR_DISTANCE,
     Neighbourhood,
+    add_neighbours,
     arrange_on_grid,
     factorise,
     grid_coordinates,
     grid_distance,
+    hard_share,
     spread_over_grid,
 )
 
@@ -96,6 +98,19 @@ class KSOMQuantizer(GridMap, EMAQuantizer):
     """EMA-VQ with :meth:`spread` over the grid."""
 
     config: KSOMConfig
+
+    def average(self, counts: Tensor, sums: Tensor) -> None:
+        kind, grid, step, shrink_step, _ = self.neighbourhood()
+        if kind == "hard":  # with nothing of the codebook's size beside it
+            super().average(counts, sums)
+            weight = (1 - self.config.decay) * hard_share(step, shrink_step)
+            add_neighbours(self.code_counts.unsqueeze(-1), counts.unsqueeze(-1), grid, weight)
+            add_neighbours(self.code_sums, sums, grid, weight)
+        elif kind == "none":
+            super().average(counts, sums)
+        else:
+            spread = self.spread(torch.cat([counts.unsqueeze(-1), sums], dim=-1))
+            super().average(spread[..., 0], spread[..., 1:])
 
     def spread(self, statistics: Tensor) -> Tensor:
         return spread_over_grid(statistics, *self.neighbourhood())

@@ -8,6 +8,7 @@ open. Source: Irie et al., arXiv 2302.07950, and the code they published, which 
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
 from collections.abc import Sequence
@@ -104,33 +105,40 @@ def gather_from_neighbours(
     Nothing is subtracted for it, so that small shares keep their digits."""
     if kind == "none":
         return torch.zeros_like(statistics)
-    if kind == "hard":
-        return hard_share(step, shrink_step) * _sum_of_neighbours(statistics, grid)
+    statistics = statistics.contiguous()
     width = base * hard_share(step, shrink_step)
     if kind == "gaussian":
         return _gather_gaussian(statistics, grid, width)
-    return _gather_exponential(statistics, grid, width)
+    if kind == "exponential":
+        return _gather_exponential(statistics, grid, width)
+    total = torch.zeros_like(statistics)
+    add_neighbours(total, statistics, grid, hard_share(step, shrink_step))
+    return total
+
+
+def add_neighbours(total: Tensor, statistics: Tensor, grid: Sequence[int], weight: float) -> None:
+    """Add ``weight`` times the sum of each code's neighbours to ``total``, in place; both ``(groups, codes, n)``."""
+    placed, to_place = _on_grid(statistics, grid), _on_grid(total, grid)
+    for to, source in _shifts(tuple(reversed(grid))):
+        to_place[to].add_(placed[source], alpha=weight)
+
+
+@functools.cache
+def _shifts(shape: tuple[int, ...]) -> list[tuple[tuple[slice, ...], tuple[slice, ...]]]:
+    """For each direction to a neighbour: the places of ``(groups, *shape, …)`` that have one there, and that one."""
+    shifts = []
+    for offset in itertools.product((-1, 0, 1), repeat=len(shape)):
+        if 0 < math.hypot(*offset) < NEIGHBOUR_DISTANCE:
+            pairs = list(zip(offset, shape, strict=True))
+            to = (slice(None), *(slice(max(0, shift), size + min(0, shift)) for shift, size in pairs))
+            source = (slice(None), *(slice(max(0, -shift), size + min(0, -shift)) for shift, size in pairs))
+            shifts.append((to, source))
+    return shifts
 
 
 def _on_grid(statistics: Tensor, grid: Sequence[int]) -> Tensor:
     """``(groups, codes, n)`` → ``(groups, *reversed(grid), n)``: the first axis of the grid is the fastest."""
-    return statistics.reshape(statistics.shape[0], *reversed(grid), statistics.shape[-1])
-
-
-def _sum_of_neighbours(statistics: Tensor, grid: Sequence[int]) -> Tensor:
-    placed = _on_grid(statistics, grid)
-    total = torch.zeros_like(placed)
-    for offset in itertools.product((-1, 0, 1), repeat=len(grid)):
-        if not 0 < math.hypot(*offset) < NEIGHBOUR_DISTANCE:
-            continue
-        to = tuple(
-            slice(max(0, shift), size + min(0, shift)) for shift, size in zip(offset, placed.shape[1:], strict=False)
-        )
-        source = tuple(
-            slice(max(0, -shift), size + min(0, -shift)) for shift, size in zip(offset, placed.shape[1:], strict=False)
-        )
-        total[:, *to] += placed[:, *source]
-    return total.reshape(statistics.shape)
+    return statistics.view(statistics.shape[0], *reversed(grid), statistics.shape[-1])
 
 
 def _gather_gaussian(statistics: Tensor, grid: Sequence[int], width: float) -> Tensor:
