@@ -21,6 +21,7 @@ from pipeline.quantizers.identity import IdentityConfig, IdentityQuantizer
 from pipeline.quantizers.knn_simplex import KNNSimplexConfig, KNNSimplexQuantizer
 from pipeline.quantizers.ksom import KSOMConfig, KSOMQuantizer
 from pipeline.quantizers.lfq import LFQConfig, LFQQuantizer
+from pipeline.quantizers.residual import LEVEL_KINDS, ResidualConfig, ResidualQuantizer
 from pipeline.quantizers.rotation import RotationConfig, RotationQuantizer
 from pipeline.quantizers.simvq import SimVQConfig, SimVQQuantizer
 from pipeline.quantizers.ste import STEConfig, STEQuantizer
@@ -38,6 +39,7 @@ KINDS: dict[str, tuple[type[BaseModel], Any]] = {
     "rotation": (RotationConfig, RotationQuantizer),
     "fsq": (FSQConfig, FSQQuantizer),
     "lfq": (LFQConfig, LFQQuantizer),
+    "residual": (ResidualConfig, ResidualQuantizer),
 }
 
 QuantizerConfig = Annotated[
@@ -52,7 +54,8 @@ QuantizerConfig = Annotated[
     | SimVQConfig
     | RotationConfig
     | FSQConfig
-    | LFQConfig,
+    | LFQConfig
+    | ResidualConfig,
     Field(discriminator="kind"),
 ]
 
@@ -90,10 +93,16 @@ def build_quantizer(config: QuantizerConfig | Mapping[str, Any], **extra: Any) -
 
 def _explain(problem: Any, config_class: type[BaseModel]) -> str:
     """One clause for one of pydantic's problems: key, value, what would do."""
-    key = ".".join(["quantizer", *map(str, problem["loc"])])
+    location = [str(part) for part in problem["loc"]]
+    # pydantic puts the kind of a residual quantizer's levels into the location; the user never wrote it there.
+    if location[:1] == ["level"] and len(location) > 1 and location[1] in LEVEL_KINDS:
+        config_class = KINDS[location.pop(1)][0]
+    key = ".".join(["quantizer", *location])
+    if problem["type"] == "union_tag_invalid":
+        return f"{key}.kind={problem['ctx']['tag']!r}: can't be a level's; use {', '.join(LEVEL_KINDS)}"
     if problem["type"] == "extra_forbidden":
         known = list(config_class.model_fields)
-        near = difflib.get_close_matches(str(problem["loc"][-1]), known, n=1)
+        near = difflib.get_close_matches(location[-1], known, n=1)
         hint = f"did you mean {near[0]}? " if near else ""
         return f"{key}={problem['input']!r}: unknown option; {hint}known here: {', '.join(known)}"
     if problem["type"] == "value_error":

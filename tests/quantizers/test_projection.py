@@ -27,7 +27,7 @@ def settable(kind: str) -> bool:
     return KINDS[kind][1].set_codebook is not Quantizer.set_codebook
 
 
-PROJECTED = kinds_with("codebook_dim", "codes")
+PROJECTED = kinds_with("codebook_dim", "groups")
 NORMALISED = kinds_with("normalise", "codes")
 
 
