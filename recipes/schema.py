@@ -19,6 +19,7 @@ from pipeline.data.config import BatchConfig, DataConfig
 from pipeline.models.config import ModelConfig
 from pipeline.quantizers import Quantizer, QuantizerConfig
 from pipeline.quantizers.registry import KINDS
+from pipeline.quantizers.residual import LEVEL_KINDS, LevelConfig
 from pipeline.training.config import CodebookConfig, EngineConfig, OptimizerConfig, ScheduleConfig, TrainingConfig
 
 RECIPE_FOLDER = Path(__file__).parent
@@ -67,11 +68,14 @@ class Recipe(BaseModel):
         settable = [
             kind for kind, (_, quantizer) in KINDS.items() if quantizer.set_codebook is not Quantizer.set_codebook
         ]
-        if self.codebooks.initialise != "none" and self.quantizer.kind not in settable:
-            raise ValueError(
-                f"codebooks.initialise={self.codebooks.initialise} can't set the codes of quantizer.kind="
-                f"{self.quantizer.kind}: use none, or quantizer.kind={_any_of(settable)}"
-            )
+        level = getattr(self.quantizer, "level", None)  # of a residual quantizer
+        for key, config in [("quantizer", self.quantizer), ("quantizer.level", level)]:
+            if self.codebooks.initialise != "none" and config is not None and config.kind not in settable:
+                others = [kind for kind in settable if config is not level or kind in LEVEL_KINDS]
+                raise ValueError(
+                    f"codebooks.initialise={self.codebooks.initialise} can't set the codes of "
+                    f"{key}.kind={config.kind}: use none, or {key}.kind={_any_of(others)}"
+                )
         if self.schedule.warmup_steps + self.schedule.hold_steps > self.training.steps:
             raise ValueError(
                 f"schedule.warmup_steps={self.schedule.warmup_steps} + schedule.hold_steps={self.schedule.hold_steps} "
@@ -220,16 +224,16 @@ def _assign(values: dict[str, Any], key: str, value: Any) -> None:
         if not isinstance(below, dict):
             raise RecipeError(f"override {key}={value}: {parent} holds {below!r}, which has no keys below it")
         section = below
-    if last == "kind" and len(parents) == 1 and section.get("kind") not in (None, value):
-        keep = _fields_of_kind(parents[0], value)
+    if last == "kind" and section.get("kind") not in (None, value):
+        keep = _fields_of_kind(".".join(parents), value)
         for name in [name for name in section if keep is not None and name not in keep]:
             del section[name]
     section[last] = value
 
 
 def _kinds(section: str) -> dict[str, type[BaseModel]]:
-    """The configurations that ``section`` ("model" or "quantizer") can hold, by kind."""
-    union = {"model": ModelConfig, "quantizer": QuantizerConfig}.get(section)
+    """The configurations that ``section`` ("model", "quantizer" or "quantizer.level") can hold, by kind."""
+    union = {"model": ModelConfig, "quantizer": QuantizerConfig, "quantizer.level": LevelConfig}.get(section)
     if union is None:
         return {}
     members = get_args(get_args(union)[0])
@@ -243,10 +247,11 @@ def _fields_of_kind(section: str, kind: str) -> set[str] | None:
 
 def _explain(problem: Mapping[str, Any], values: Mapping[str, Any]) -> str:
     """One line for one pydantic error: key, value, what would do."""
-    location = [str(part) for part in problem["loc"]]
-    # pydantic puts the chosen kind of a union into the location; the user never wrote it there.
-    if len(location) > 1 and location[1] in _kinds(location[0]):
-        location.pop(1)
+    location: list[str] = []
+    for part in map(str, problem["loc"]):
+        # pydantic puts the chosen kind of a union into the location; the user never wrote it there.
+        if part not in _kinds(".".join(location)):
+            location.append(part)
     key = ".".join(location)
     kind, context = problem["type"], problem.get("ctx", {})
     if kind == "extra_forbidden":
@@ -257,9 +262,9 @@ def _explain(problem: Mapping[str, Any], values: Mapping[str, Any]) -> str:
     if kind == "missing":
         return f"{key} is missing: {_description(location, values) or 'a value is needed'}"
     if kind == "union_tag_invalid":
-        return f"{key}.kind={context.get('tag')!r}: unknown kind; use {_any_of(list(_kinds(location[0])))}"
+        return f"{key}.kind={context.get('tag')!r}: unknown kind; use {_any_of(list(_kinds(key)))}"
     if kind == "union_tag_not_found":
-        return f"{key}.kind is missing: use {_any_of(list(_kinds(location[0])))}"
+        return f"{key}.kind is missing: use {_any_of(list(_kinds(key)))}"
     if kind == "value_error":
         message = str(context.get("error", problem["msg"]))
         return f"{key}: {message}" if key else message
@@ -270,10 +275,12 @@ def _section(location: list[str], values: Mapping[str, Any]) -> type[BaseModel] 
     """The configuration class that holds the last key of ``location``."""
     config: type[BaseModel] | None = Recipe
     here: Any = values
-    for part in location[:-1]:
+    for depth, part in enumerate(location[:-1], start=1):
         here = here.get(part, {}) if isinstance(here, Mapping) else {}
-        if config is Recipe and part in ("model", "quantizer"):
-            config = _kinds(part).get(str(here.get("kind")) if isinstance(here, Mapping) else "")
+        kinds = _kinds(".".join(location[:depth]))
+        if kinds:
+            default = next(iter(kinds))  # where a kind may be left out, it is the first one
+            config = kinds.get(str(here.get("kind", default)) if isinstance(here, Mapping) else "")
         else:
             annotation = config.model_fields[part].annotation if config and part in config.model_fields else None
             config = annotation if isinstance(annotation, type) and issubclass(annotation, BaseModel) else None

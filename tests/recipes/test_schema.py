@@ -35,6 +35,23 @@ def test_another_quantizer_kind_drops_the_old_kinds_options():
     assert not hasattr(recipe.quantizer, "grid")
 
 
+def test_another_kind_of_level_drops_the_old_kinds_options():
+    residual = ["quantizer.kind=residual", "quantizer.codes=64"]
+    ksom = [*residual, "quantizer.level.kind=ksom", "quantizer.level.grid=[8,8]"]
+    recipe = load_recipe(IMAGE, ksom)
+    assert (recipe.quantizer.level.kind, recipe.quantizer.level.grid) == ("ksom", (8, 8))
+    assert parse_recipe(yaml.safe_load(recipe.to_yaml())) == recipe
+    assert load_recipe(IMAGE, [*ksom, "quantizer.level.kind=ema"]) == load_recipe(IMAGE, residual)
+
+
+def test_levels_have_the_codes_of_the_whole(tmp_path):
+    """A recipe that was written in full can be given another number of codes."""
+    file = tmp_path / "recipe.yaml"
+    file.write_text(load_recipe(IMAGE, ["quantizer.kind=residual"]).to_yaml())
+    recipe = load_recipe(file, ["quantizer.codes=32"])
+    assert (recipe.quantizer.codes, recipe.quantizer.level.codes) == (32, 32)
+
+
 @pytest.mark.parametrize(
     ("recipe", "overrides", "message"),
     [
@@ -55,6 +72,33 @@ def test_another_quantizer_kind_drops_the_old_kinds_options():
             "can't set the codes of quantizer.kind=identity",
         ),
         (IMAGE, ["quantizer.kind=gumbel", "codebooks.initialise=kmeans"], "use none, or quantizer.kind=ema, ksom, "),
+        (
+            IMAGE,
+            ["quantizer.kind=residual", "quantizer.level.kind=simvq", "codebooks.initialise=kmeans"],
+            "can't set the codes of quantizer.level.kind=simvq: use none, or quantizer.level.kind=ema, ksom, gd_som",
+        ),
+        (IMAGE, ["quantizer.kind=residual", "quantizer.level.kind=lfq"], "level.kind='lfq': unknown kind; use ema, "),
+        (
+            IMAGE,
+            ["quantizer.kind=residual", "quantizer.level.decya=0.5"],
+            "quantizer.level.decya=0.5: unknown key; did you mean decay? known keys here: kind,",
+        ),
+        (
+            IMAGE,
+            ["quantizer.kind=residual", "quantizer.codes=64", "quantizer.level={kind: ksom, grid: [3, 3]}"],
+            "quantizer.level: grid=[3, 3] holds 9 codes, codes=64: use a grid that multiplies to 64",
+        ),
+        (
+            IMAGE,
+            ["quantizer.kind=residual", "quantizer.level.decay=2"],
+            "quantizer.level.decay=2: input should be less",
+        ),
+        (
+            IMAGE,
+            ["quantizer.kind=residual", "quantizer.level.codes=8"],
+            "level.codes=8 is not a level's own: leave it ",
+        ),
+        (IMAGE, ["quantizer.kind=fsq", "quantizer.codes=512"], "codes=512 has no published levels: use codes=256, "),
         (IMAGE, ["nonsense"], "override 'nonsense' is not key=value"),
         (IMAGE, ["training.steps.x=1"], "steps holds "),
         ("speech/no_such", [], "use a YAML file or one of "),
