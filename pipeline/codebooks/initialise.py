@@ -4,7 +4,8 @@ In: a model and this rank's micro-batches. Out: codebooks set. May touch: the co
 
 A sample of the latents, chosen by each token's key, is gathered in the order of the keys; then every rank runs the same
 k-means on the same sample. Sums that went over the ranks in parts would round differently on another number of them,
-and k-means turns a rounding error on a border into another codebook. Recipe: k-means++, 20 iterations of Lloyd (as many
+and k-means turns a rounding error on a border into another codebook. A quantizer of several levels fits them one after
+another, each to what the fitted ones before it leave over. Recipe: k-means++, 20 iterations of Lloyd (as many
 as Zhao et al., arXiv 2605.06870), empty centres moved to the worst represented latents.
 """
 
@@ -12,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from contextlib import ExitStack
+from functools import partial
 from typing import Any
 
 import torch
@@ -47,27 +49,45 @@ def initialise_codebooks(
     """
     if method != "kmeans":
         raise ValueError(f"method={method!r} is unknown: use 'kmeans'")
-    quantizers = {name: module for name, module in model.named_modules() if isinstance(module, Quantizer)}
-    quantizers = {name: quantizer for name, quantizer in quantizers.items() if quantizer.codes}
+    quantizers = {name: quantizer for name, quantizer in _outermost(model).items() if quantizer.codes}
     for name, quantizer in quantizers.items():
-        if type(quantizer).set_codebook is Quantizer.set_codebook:
-            raise ValueError(
-                f"quantizer {name or model.__class__.__name__} of kind {quantizer.config.kind} has no codes that "
-                f"k-means can set: use no initialisation, or a kind that looks for the nearest code"
-            )
+        for part in quantizer.modules():
+            if isinstance(part, Quantizer) and type(part).set_codebook is Quantizer.set_codebook:
+                raise ValueError(
+                    f"quantizer {name or model.__class__.__name__} of kind {part.config.kind} has no codes that "
+                    f"k-means can set: use no initialisation, or a kind that looks for the nearest code"
+                )
     samples = {
         name: LatentSample(samples_per_code * quantizer.codes, PURPOSE) for name, quantizer in quantizers.items()
     }
     _collect(model, batches, quantizers, samples, process_group)
 
-    found = {}
-    for name, quantizer in quantizers.items():
-        latents = samples[name].gather(quantizer.codebook_dim, quantizer.updates.device, process_group)
-        found[name] = cluster(quantizer.split_groups(latents), quantizer.codes, iterations)
-    for name, quantizer in quantizers.items():
-        quantizer.set_codebook(*found[name])
+    before = {
+        name: {key: tensor.clone() for key, tensor in quantizer.state_dict().items()}
+        for name, quantizer in quantizers.items()
+    }
+    try:
+        for name, quantizer in quantizers.items():
+            latents = samples[name].gather(quantizer.codebook_dim, quantizer.updates.device, process_group)
+            quantizer.fit_codebook(latents, partial(cluster, iterations=iterations))
+    except Exception:
+        for name, quantizer in quantizers.items():
+            quantizer.load_state_dict(before[name])
+        raise
+    for quantizer in quantizers.values():
         for tensor in quantizer.state_dict().values():  # machines of different make may round differently
             collectives.broadcast(tensor, 0, process_group)
+
+
+def _outermost(model: nn.Module) -> dict[str, Quantizer]:
+    """The quantizers of ``model`` that are no part of another one, by name."""
+    found: dict[str, Quantizer] = {}
+    parts: set[nn.Module] = set()
+    for name, module in model.named_modules():  # a part comes after what it is part of
+        if isinstance(module, Quantizer) and module not in parts:
+            found[name] = module
+            parts.update(module.modules())
+    return found
 
 
 def _collect(

@@ -67,6 +67,51 @@ def test_padding_and_modes_are_respected():
     assert float(distances.max()) < 0.2  # dropout would have spoilt the latents
 
 
+@pytest.mark.parametrize("kind", ["ema", "ksom", "gd_som", "ste", "affine"])
+def test_levels_are_fitted_to_what_the_levels_before_them_leave_over(kind):
+    """Centres ± offsets that are small beside them: the first level finds the centres, the second the offsets."""
+    torch.manual_seed(0)
+    offsets = torch.tensor([[0.2, 0, 0, 0], [-0.2, 0, 0, 0], [0, 0.1, 0, 0], [0, -0.1, 0, 0]])
+    points = (CENTRES[:4, None] + offsets).reshape(16, 4)
+    quantizer = build_quantizer({"kind": "residual", "dim": 4, "codes": 4, "levels": 2, "level": {"kind": kind}})
+    quantizer.train()
+    initialise_codebooks(quantizer, [points, points.flip(0)])
+    first, second = quantizer.codebook()
+    assert float(torch.cdist(CENTRES[:4], first).amin(dim=1).max()) < 1e-5
+    assert float(torch.cdist(offsets, second).amin(dim=1).max()) < 1e-5
+    torch.testing.assert_close(quantizer.decode(quantizer.encode(points)), points, atol=1e-5, rtol=0)
+    assert quantizer.training
+    assert all(not bool(pending.any()) for level in quantizer.levels for pending in level.pending())
+
+
+def test_counts_of_levels_are_those_of_the_sample():
+    quantizer = build_quantizer({"kind": "residual", "dim": 4, "codes": 16, "levels": 3})
+    initialise_codebooks(quantizer, [_clouds(seed) for seed in range(4)])
+    for level in quantizer.levels:
+        assert float(level.code_counts.sum()) == 256
+
+
+def test_a_quantizer_that_fails_leaves_those_before_it_as_they_were():
+    """The residuals of 16 distinct latents in 16 codes are all 0: the first level can be fitted, the second can't."""
+
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.plain = build_quantizer({"kind": "ema", "dim": 4, "codes": 16})
+            self.residual = build_quantizer({"kind": "residual", "dim": 4, "codes": 16, "levels": 2})
+
+        def forward(self, batch):
+            return self.plain(batch), self.residual(batch)
+
+    torch.manual_seed(0)
+    model = Model()
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    with pytest.raises(ValueError, match="k-means found 1 distinct latents for 16 codes"):
+        initialise_codebooks(model, [CENTRES.repeat(4, 1)])
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(tensor, before[name])
+
+
 def test_moving_averages_start_from_counts_and_sums_that_agree():
     quantizer = build_quantizer({"kind": "ema", "dim": 4, "codes": 16})
     initialise_codebooks(quantizer, [_clouds(seed) for seed in range(4)])
@@ -90,6 +135,8 @@ def test_clusters_are_never_empty_and_the_result_is_repeatable():
         ({"kind": "ema", "codes": 100}, 1, "kmeans", "64 distinct latents for 100 codes: bring more batches"),
         ({"kind": "ema", "codes": 32}, 0, "kmeans", "0 distinct latents for 32 codes"),
         ({"kind": "gumbel", "codes": 8}, 1, "kmeans", "of kind gumbel has no codes that k-means can set"),
+        ({"kind": "lfq", "codes": 16}, 1, "kmeans", "of kind lfq has no codes that k-means can set"),
+        ({"kind": "residual", "level": {"kind": "simvq"}}, 1, "kmeans", "of kind simvq has no codes that k-means can"),
     ],
 )
 def test_what_k_means_cannot_do_is_said_and_changes_nothing(options, batches, method, message):
