@@ -11,12 +11,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pipeline.codebooks.topology import on_grid, u_matrix
 from pipeline.data import SampleReference
 from pipeline.evaluation import page
 from pipeline.evaluation.figures import heat_map
 from pipeline.evaluation.metrics import plain_collation
 from pipeline.evaluation.run_view import RunView, spread
-from pipeline.evaluation.topology import on_grid, u_matrix
 
 SHOWN = 12
 LARGEST_SIDE = 192

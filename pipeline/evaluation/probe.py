@@ -13,9 +13,9 @@ from typing import Any
 import torch
 from torch import nn
 
+from pipeline.codebooks.collapse import SecondMoments, codes_dimension, effective_dimension, token_concentration
+from pipeline.codebooks.topology import count_torn, grid_correlation
 from pipeline.evaluation.codebook import CodeCounts
-from pipeline.evaluation.collapse import SecondMoments, codes_dimension, effective_dimension, token_concentration
-from pipeline.evaluation.topology import count_torn, grid_correlation
 
 VARIANCE_FLOOR = 1e-12
 """Variance that is less than this of the mean's square is rounding error of float64: the latents are all equal."""

@@ -8,7 +8,7 @@ from pydantic import ValidationError
 from torch import Tensor
 
 from pipeline.codebooks import CodebookSync
-from pipeline.evaluation.topology import grid_correlation
+from pipeline.codebooks.topology import grid_correlation
 from pipeline.quantizers import build_quantizer
 from pipeline.quantizers.gd_som import GDSOMConfig, GDSOMQuantizer
 from pipeline.quantizers.neighbourhood import neighbourhood_matrix

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 
-from pipeline.evaluation.topology import grid_correlation
+from pipeline.codebooks.topology import grid_correlation
 from tests.benchmarks.behaviour.autoencoder import Autoencoder, Figures, gaussian_classes, measure, train
 from tests.benchmarks.behaviour.tables import beside, figure, markdown, mean
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from pipeline.evaluation.topology import count_torn, grid_correlation, nearest_codes, on_grid, ranks, u_matrix
+from pipeline.codebooks.topology import count_torn, grid_correlation, nearest_codes, on_grid, ranks, u_matrix
 
 
 def line_neighbours(first: Tensor, second: Tensor) -> Tensor:

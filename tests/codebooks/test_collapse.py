@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from pipeline.evaluation.collapse import SecondMoments, codes_dimension, effective_dimension, token_concentration
+from pipeline.codebooks.collapse import SecondMoments, codes_dimension, effective_dimension, token_concentration
 
 
 def test_dimension_of_known_variances() -> None:
