@@ -152,6 +152,8 @@ class Quantizer(nn.Module):
         self._room: dict[str, Tensor] = {}  # where they lie: CodebookSync's, if there is one
         self._pending: set[str] = set()  # those that something was added to since the last step
         self.process_group: Any = None  # CodebookSync's; None: all ranks
+        # CodebookSync's, in steps that it watches: gets what each forward compared with codes, and what came of it
+        self.watch: Callable[[Tensor, Quantized], None] | None = None
         if codes:
             self.declare_statistic("usage", groups, codes)
         self.replace_after: int = getattr(config, "replace_after", 0)
@@ -237,6 +239,8 @@ class Quantizer(nn.Module):
                 if "usage" in self._shapes:
                     self.add_statistic("usage", usage)
                 self.observe(latents.detach(), found.codes)
+                if self.watch is not None:
+                    self.watch(latents.detach(), found)
         vectors = _scatter(vectors.to(z.dtype), mask, z.shape[:-1], 0)
         codes = _scatter(found.codes, mask, z.shape[:-1], -1)
         return QuantizerOutput(vectors, codes, found.losses, usage, found.metrics)
