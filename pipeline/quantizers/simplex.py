@@ -21,8 +21,8 @@ from pipeline.quantizers.entropy import Scope
 
 TILE_ELEMENTS = {"cpu": 1 << 21, "cuda": 1 << 24}
 """Logits that are worked on at once: 8 MB of fp32 on a CPU, what its cache holds; more on a GPU."""
-SMALLEST_SHARE = 4
-"""A tile is at most this part of all tokens × codes, so that two of them are less than one whole tensor."""
+SHARES = 3
+"""A tile is at most the 3rd part of all tokens × codes, so that two of them are less than one whole tensor."""
 BLOCK = 64
 """Codes that one step of the argmax compares."""
 
@@ -183,7 +183,7 @@ class _Tiles:
     def __init__(self, like: Tensor, number: int) -> None:
         _, self.tokens, codes = like.shape
         elements = TILE_ELEMENTS.get(like.device.type, TILE_ELEMENTS["cuda"])
-        self.rows = max(1, min(elements // codes, -(-self.tokens // SMALLEST_SHARE)))
+        self.rows = max(1, min(elements // codes, -(-self.tokens // SHARES)))
         self._scratch = [like.new_empty(self.rows, codes) for _ in range(number)]
 
     def __iter__(self) -> Iterator[tuple[slice, list[Tensor]]]:
@@ -270,7 +270,9 @@ def nearest_tokens(log_mixtures: Tensor, squares: Tensor | None, neighbours: int
         empty = log_mixtures.new_empty(codes, 0)
         return empty, empty.long()
     elements = TILE_ELEMENTS.get(log_mixtures.device.type, TILE_ELEMENTS["cuda"])
-    columns = max(1, min(elements // tokens, -(-codes // SMALLEST_SHARE)))
+    # Log p is read in place, and where each code's neighbours are few, what is made of it is small.
+    shares = 1 if squares is None and tokens >= 64 * wanted else 4
+    columns = max(1, min(elements // tokens, -(-codes // shares)))
     found = []
     for part in log_mixtures.split(columns, dim=1):
         scores = part if squares is None else part.exp().mul_(2).sub_(squares.unsqueeze(1))

@@ -204,13 +204,13 @@ def peak(function, inputs: list[Tensor]) -> int:
 
 
 @pytest.mark.parametrize("distance", ["l2", "cross_entropy"])
-@pytest.mark.parametrize("noise", [0.0, 0.5])
-def test_no_more_than_two_tensors_of_tokens_by_codes_are_ever_held(distance, noise):
+@pytest.mark.parametrize(("noise", "neighbours"), [(0.0, 2), (0.5, 2), (0.0, 40)])
+def test_no_more_than_two_tensors_of_tokens_by_codes_are_ever_held(distance, noise, neighbours):
     """Defect of the textbook form: logits, log p, p, distances and a gradient of each."""
     tokens, codes = 2048, 1024
     inputs = [tensor.detach().float().requires_grad_() for tensor in problem(tokens, 1, codes)]
     whole = tokens * codes * 4
-    neighbourhood = Neighbourhood(2, distance)
+    neighbourhood = Neighbourhood(neighbours, distance)
     assert whole < peak(lambda *tensors: mix(*tensors, neighbourhood, noise=noise), inputs) < 2 * whole
     few = [inputs[0][:256].detach().requires_grad_(), *inputs[1:]]  # the textbook's squared distance is cubic
     if distance == "cross_entropy":
