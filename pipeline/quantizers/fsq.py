@@ -56,11 +56,14 @@ class FSQConfig(BaseModel):
 
     @model_validator(mode="after")
     def _levels_make_codes(self) -> Any:
-        if not self.levels or min(self.levels) < 2:
-            raise ValueError(f"levels={list(self.levels)} has a feature with less than 2 values: use [8, 5, 5, 5]")
+        if not self.levels or min(self.levels) < 3:
+            raise ValueError(
+                f"levels={list(self.levels)}: use 3 values a feature or more, such as [8, 5, 5, 5], or kind=lfq for 2"
+            )
         if self.codes != math.prod(self.levels):
             raise ValueError(
-                f"codes={self.codes} is not the {math.prod(self.levels)} of levels={list(self.levels)}: leave codes out"
+                f"codes={self.codes} is not the {math.prod(self.levels)} of levels={list(self.levels)}: "
+                f"use codes={math.prod(self.levels)}, or leave it out"
             )
         return self
 
@@ -102,13 +105,17 @@ class FSQQuantizer(Quantizer):
 
     def codebook(self) -> Tensor:
         codes = torch.arange(self.codes, device=self.levels.device).unsqueeze(1)
-        places = codes // self._strides() % self.levels
-        return self._values(places).expand(self.groups, -1, -1)
+        return self.vectors_of(codes).transpose(0, 1).expand(self.groups, -1, -1)
+
+    def vectors_of(self, codes: Tensor) -> Tensor:
+        return self._values(codes.unsqueeze(-1) // self._strides() % self.levels)
 
     def _places(self, bounded: Tensor) -> Tensor:
         """Level of each feature, counted from 0: ``(tokens, codebook_dim)`` → int64 ``(tokens, groups, features)``."""
         half = self.levels // 2
-        return (self.split_groups(bounded.detach()) * half).round().long() + half
+        places = (self.split_groups(bounded.detach()) * half).round().long() + half
+        # From 1001 levels on, ROOM is more than half a level.
+        return torch.minimum(places.clamp(min=0), self.levels - 1)
 
     def _values(self, places: Tensor) -> Tensor:
         half = self.levels // 2

@@ -55,7 +55,7 @@ class LFQQuantizer(Quantizer):
     """``loss = entropy_weight · (E H(p) − γ·H(E p)) + commitment · mean((sg(c) − z)²)``, a mean over groups, with
     p = softmax(2·inverse_temperature·z·c) over all codes c.
 
-    A feature of exactly 0 counts as −1. The first feature is the most significant bit of the code.
+    A feature of exactly 0 counts as −1, as in the paper. The first feature is the most significant bit of the code.
     """
 
     config: LFQConfig
@@ -114,8 +114,11 @@ class LFQQuantizer(Quantizer):
 
     def codebook(self) -> Tensor:
         codes = torch.arange(self.codes, device=self.updates.device).unsqueeze(1)
-        bits = codes // self._weights() % 2
-        return (self.value * (2.0 * bits - 1.0)).expand(self.groups, -1, -1)
+        return self.vectors_of(codes).transpose(0, 1).expand(self.groups, -1, -1)
+
+    def vectors_of(self, codes: Tensor) -> Tensor:
+        bits = codes.unsqueeze(-1) // self._weights() % 2
+        return self.value * (2.0 * bits - 1.0)
 
     def observe(self, latents: Tensor, codes: Tensor) -> None:
         self._scope.saw_forward()
@@ -127,8 +130,10 @@ class LFQQuantizer(Quantizer):
         """Of bits ``(tokens, groups, n)``, each by the log ratio of its two values, over their 2ⁿ joint values."""
         bits = logits.shape[-1]
         values = torch.arange(2**bits, device=logits.device).unsqueeze(1)
-        signs = 2.0 * (values // (2 ** torch.arange(bits - 1, -1, -1, device=logits.device)) % 2) - 1.0
-        return functional.softmax(logits @ signs.T / 2, dim=-1)
+        ones = (values // (2 ** torch.arange(bits - 1, -1, -1, device=logits.device)) % 2).float()
+        # −log p: small terms for what is likely, where a softmax of signs · logits has differences of large ones.
+        surprise = functional.softplus(-logits) @ ones.T + functional.softplus(logits) @ (1 - ones).T
+        return torch.exp(-surprise)
 
     def _join(self, ones: Tensor) -> Tensor:
         """bool ``(tokens, codebook_dim)`` → int64 ``(tokens, groups)``."""

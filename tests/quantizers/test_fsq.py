@@ -33,7 +33,7 @@ def test_golden_values(latent, values, code, training):
     assert output.losses == {}
 
 
-@pytest.mark.parametrize("levels", [[2, 3], [7, 4, 5], [8, 6, 5]])
+@pytest.mark.parametrize("levels", [[3, 4], [7, 4, 5], [8, 6, 5]])
 def test_every_code_is_its_own_nearest(levels):
     """Codes count through the whole grid, and a latent that is bounded to a code's values gets that code."""
     quantizer = build(dim=len(levels), levels=levels)
@@ -42,6 +42,40 @@ def test_every_code_is_its_own_nearest(levels):
     for feature, number in enumerate(levels):
         assert len(codebook[:, feature].unique()) == number
     assert quantizer.assign(codebook).squeeze(1).tolist() == list(range(quantizer.codes))
+
+
+@pytest.mark.parametrize("levels", [[3, 4], [8, 5, 5, 5], [1001], [1002, 3], [3, 3000]])
+def test_codes_stay_in_the_codebook(levels):
+    """Other implementations give numbers beyond it, or below 0 (vector-quantize-pytorch, issues 139, 207, 240)."""
+    quantizer = build(dim=len(levels), levels=levels)
+    far = torch.tensor([-1e30, -50.0, -9.0, 9.0, 50.0, 1e30]).unsqueeze(1).expand(-1, len(levels))
+    output = quantizer(far.clone().requires_grad_())
+    assert output.codes.flatten().tolist() == 3 * [0] + 3 * [quantizer.codes - 1]
+    torch.testing.assert_close(quantizer.decode(output.codes), output.vectors.detach(), atol=0, rtol=0)
+
+
+def test_an_autoencoder_learns_through_it():
+    """8 clouds in 6 dimensions through a grid of 27 codes: the error falls to that of the clouds' own noise."""
+    generator = torch.Generator().manual_seed(0)
+    torch.manual_seed(0)
+    centres = 2 * torch.randn(8, 6, generator=generator)
+    encoder = torch.nn.Sequential(torch.nn.Linear(6, 32), torch.nn.Tanh(), torch.nn.Linear(32, 3))
+    decoder = torch.nn.Sequential(torch.nn.Linear(3, 32), torch.nn.Tanh(), torch.nn.Linear(32, 6))
+    quantizer = build(dim=3, levels=[3, 3, 3])
+    optimizer = torch.optim.Adam([*encoder.parameters(), *decoder.parameters()], lr=1e-2)
+    errors = []
+    for _ in range(300):
+        batch = centres[torch.randint(8, (64,), generator=generator)]
+        batch = batch + 0.1 * torch.randn(64, 6, generator=generator)
+        output = quantizer(encoder(batch))
+        error = (decoder(output.vectors) - batch).square().mean()
+        optimizer.zero_grad()
+        error.backward()
+        optimizer.step()
+        errors.append(float(error.detach()))
+    assert errors[0] > 1
+    assert sum(errors[-20:]) / 20 < 0.05
+    assert int((output.usage > 0).sum()) >= 8
 
 
 def test_the_gradient_is_that_of_the_bounding():
@@ -105,9 +139,9 @@ def test_usage_is_counted_over_the_step():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"levels": [8, 1]}, r"levels=\[8, 1\] has a feature with less than 2 values"),
-        ({"levels": []}, "less than 2 values"),
-        ({"codes": 999}, r"codes=999 is not the 1000 of levels=\[8, 5, 5, 5\]: leave codes out"),
+        ({"levels": [8, 2]}, r"levels=\[8, 2\]: use 3 values a feature or more, .* or kind=lfq for 2"),
+        ({"levels": []}, "use 3 values a feature or more"),
+        ({"codes": 999}, r"codes=999 is not the 1000 of levels=\[8, 5, 5, 5\]: use codes=1000"),
         ({"levels": None, "codes": 512}, "codes=512 has no published levels: use codes=256, 1024, 4096"),
         ({"replace_after": 5}, "unknown option"),
     ],

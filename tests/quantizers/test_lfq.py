@@ -55,6 +55,44 @@ def test_entropies_and_their_gradient_are_those_over_all_codes(spherical, codes,
     torch.testing.assert_close(latents.grad.double(), plain.grad, atol=1e-6, rtol=1e-4)
 
 
+@pytest.mark.parametrize("scale", [1.0, 0.01])
+def test_entropies_are_exact_for_steep_distributions(scale):
+    """At the published temperature exponents go into the thousands; float64 over all codes is what they are held to."""
+    quantizer = build(dim=12, codes=4096)
+    latents = (scale * torch.randn(200, 12)).requires_grad_()
+    loss = quantizer(latents).losses["entropy"]
+    loss.backward()
+
+    plain = latents.detach().double().requires_grad_()
+    logs = torch.log_softmax(200 * plain @ quantizer.codebook()[0].double().T, dim=-1)
+    mean = logs.exp().mean(dim=0)
+    expected = 0.1 * (torch.special.xlogy(mean, mean).sum() - (logs.exp() * logs).sum(dim=-1).mean())
+    expected.backward()
+    torch.testing.assert_close(loss.double(), expected, atol=1e-6, rtol=1e-6)
+    torch.testing.assert_close(latents.grad.double(), plain.grad, atol=1e-5 * float(plain.grad.abs().max()), rtol=1e-4)
+
+
+def test_the_entropy_loss_spreads_collapsed_codes():
+    """Latents that all begin in one code fill the codebook, and stay near their code."""
+    torch.manual_seed(0)
+    encoder = torch.nn.Linear(4, 4)
+    with torch.no_grad():
+        encoder.bias.fill_(3)
+    quantizer = build(dim=4, codes=16, inverse_temperature=1.0)
+    optimizer = torch.optim.Adam(encoder.parameters(), lr=5e-2)
+    used = []
+    for step in range(150):
+        output = quantizer(encoder(torch.randn(256, 4, generator=torch.Generator().manual_seed(step))))
+        optimizer.zero_grad()
+        output.losses["entropy"].backward()
+        optimizer.step()
+        used.append(int((output.usage > 0).sum()))
+    assert used[0] <= 2
+    assert used[-1] == 16
+    assert float(output.metrics["prob_perplexity"]) > 14
+    assert float(output.metrics["token_entropy"]) < 0.5 * torch.tensor(16.0).log()
+
+
 def test_sure_tokens_have_no_entropy_and_finite_gradients():
     quantizer = build()
     latents = (100 * torch.randn(50, 6)).requires_grad_()
