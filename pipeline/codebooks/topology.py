@@ -36,14 +36,16 @@ def nearest_codes(latents: Tensor, codebook: Tensor, number: int = 2, chunk: int
     return torch.cat(parts) if parts else torch.empty(0, number, dtype=torch.int64)
 
 
-def count_torn(latents: Tensor, codebook: Tensor, are_neighbours: Callable[[Tensor, Tensor], Tensor]) -> int:
-    """Latents whose two nearest codes are not neighbours on the grid.
+def find_torn(
+    latents: Tensor, codebook: Tensor, are_neighbours: Callable[[Tensor, Tensor], Tensor], chunk: int = 8192
+) -> Tensor:
+    """Which latents have two nearest codes that are not neighbours on the grid: bool ``(tokens,)``.
 
     latents ``(tokens, dim)``, codebook ``(codes, dim)``; ``are_neighbours`` takes two int64 tensors ``(tokens,)`` and
-    gives bool ``(tokens,)``. The topographic error of a set is the sum of these counts over the number of its tokens.
+    gives bool ``(tokens,)``. The topographic error of a set is the share of these latents.
     """
-    nearest = nearest_codes(latents, codebook)
-    return int((~are_neighbours(nearest[:, 0], nearest[:, 1])).sum())
+    nearest = nearest_codes(latents, codebook, chunk=chunk)
+    return ~are_neighbours(nearest[:, 0], nearest[:, 1])
 
 
 def grid_correlation(codebook: Tensor, grid_distance: Tensor) -> float:
@@ -52,16 +54,20 @@ def grid_correlation(codebook: Tensor, grid_distance: Tensor) -> float:
     codebook ``(codes, dim)``, grid_distance ``(codes, codes)`` → −1 … 1; NaN where either distance is constant. Of
     more than :data:`CORRELATED_CODES` codes, evenly spread ones are taken.
     """
-    codes = codebook.shape[0]
-    if codes > CORRELATED_CODES:
-        chosen = torch.linspace(0, codes - 1, CORRELATED_CODES).long()
+    if codebook.shape[0] > CORRELATED_CODES:
+        chosen = spread_codes(codebook.shape[0], CORRELATED_CODES)
         codebook, grid_distance = codebook[chosen], grid_distance[chosen][:, chosen]
-        codes = CORRELATED_CODES
+    codes = codebook.shape[0]
     first, second = torch.triu_indices(codes, codes, offset=1)
     in_space = torch.cdist(codebook.double(), codebook.double())[first, second]
     # Distances that are equal but for rounding must tie: sqrt(2) reached over two paths.
     on_grid = grid_distance.double()[first, second].mul(1e9).round()
     return pearson(ranks(in_space), ranks(on_grid))
+
+
+def spread_codes(codes: int, most: int) -> Tensor:
+    """Evenly spread codes, ``most`` of them, or all when there are fewer: int64, ascending."""
+    return torch.linspace(0, codes - 1, min(codes, most)).long()
 
 
 def ranks(values: Tensor) -> Tensor:

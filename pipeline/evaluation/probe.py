@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from pipeline.codebooks.collapse import SecondMoments, codes_dimension, effective_dimension, token_concentration
-from pipeline.codebooks.topology import count_torn, grid_correlation
+from pipeline.codebooks.topology import find_torn, grid_correlation
 from pipeline.evaluation.codebook import CodeCounts
 
 VARIANCE_FLOOR = 1e-12
@@ -86,7 +86,7 @@ class QuantizerProbe:
             self._squared_error += float((vectors.double() - compared).square().sum())
         if self.has_grid:
             codebook = self.quantizer.codebook()[0]
-            self._torn += count_torn(compared.float(), codebook, self.quantizer.are_neighbours)
+            self._torn += int(find_torn(compared.float(), codebook, self.quantizer.are_neighbours).sum())
 
     def compute(self) -> dict[str, float]:
         """Metrics by name; those that mean nothing for this quantizer are left out.

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from pipeline.codebooks.topology import count_torn, grid_correlation, nearest_codes, on_grid, ranks, u_matrix
+from pipeline.codebooks.topology import find_torn, grid_correlation, nearest_codes, on_grid, ranks, u_matrix
 
 
 def line_neighbours(first: Tensor, second: Tensor) -> Tensor:
@@ -42,13 +42,13 @@ def test_topographic_error_on_a_folded_line() -> None:
     """Codes 0, 1, 2 lie on a line; in space code 2 lies between 0 and 1, so latents between 0 and 2 are torn."""
     codebook = torch.tensor([[0.0], [2.0], [1.0]])
     latents = torch.tensor([[0.1], [0.4], [1.6], [1.9]])  # best two: (0, 2), (0, 2), (1, 2), (1, 2)
-    assert count_torn(latents, codebook, line_neighbours) == 2
+    assert find_torn(latents, codebook, line_neighbours, chunk=3).tolist() == [True, True, False, False]
 
 
 def test_an_ordered_line_is_not_torn() -> None:
     codebook = torch.arange(6.0)[:, None]
     latents = torch.linspace(0, 5, 57)[:, None]
-    assert count_torn(latents, codebook, line_neighbours) == 0
+    assert not find_torn(latents, codebook, line_neighbours).any()
 
 
 def test_ranks_share_ties() -> None:
