@@ -46,6 +46,8 @@ class CodebookSync:
             for tensor in quantizer.state_dict().values():
                 collectives.broadcast(tensor, 0, process_group)
         self.replacement = Replacement(self.quantizers, process_group, optimizer)
+        self._flat = torch.empty(0)  # where pending statistics lie, one after the other
+        self._parts: dict[str, list[Tensor]] = {name: [] for name in self.quantizers}  # of it, by quantizer
 
     @torch.no_grad()
     def step(self) -> CodebookHealth:
@@ -56,28 +58,37 @@ class CodebookSync:
         """
         for quantizer in self.quantizers.values():
             check_precision(quantizer)
-        pending = {name: quantizer.pending() for name, quantizer in self.quantizers.items()}
-        tensors = [tensor for of_quantizer in pending.values() for tensor in of_quantizer]
-        reduced = {}
-        if tensors:
-            flat = torch.cat([tensor.reshape(-1) for tensor in tensors])
-            collectives.all_reduce_sum(flat, self.process_group)
-            parts = iter(flat.split([tensor.numel() for tensor in tensors]))
-            for name, of_quantizer in pending.items():
-                reduced[name] = [next(parts).reshape(tensor.shape) for tensor in of_quantizer]
+        reduced = self._reduce_pending()
         for name, quantizer in self.quantizers.items():
-            moved = quantizer.moved_codes(quantizer.named_statistics(reduced.get(name, [])))
+            moved = quantizer.moved_codes(quantizer.named_statistics(reduced[name]))
             if moved is not None:
                 write_codes(quantizer, moved[0], partial(quantizer.replace_codes, *moved), self.optimizer, forget=False)
-            quantizer.apply_update(reduced.get(name, []))
+            quantizer.apply_update(reduced[name])
         replaced = self.replacement.step()
         return CodebookHealth(
             [
                 measure_usage(name or "quantizer", reduced[name][0], replaced.get(name, 0))  # the first is the usage
                 for name in self.quantizers
-                if reduced.get(name)  # a quantizer may have no codes, or leave them to quantizers within
+                if reduced[name]  # a quantizer may have no codes, or leave them to quantizers within
             ]
         )
+
+    def _reduce_pending(self) -> dict[str, list[Tensor]]:
+        """Every quantizer's pending statistics, summed over ranks in one all-reduce; nothing is copied for it, unless a
+        quantizer has moved to another device or another object like this one has taken them. The next forward overwrites
+        what this gives."""
+        pending = {name: quantizer.pending() for name, quantizer in self.quantizers.items()}
+        places = {name: [tensor.data_ptr() for tensor in tensors] for name, tensors in pending.items()}
+        if places != {name: [tensor.data_ptr() for tensor in tensors] for name, tensors in self._parts.items()}:
+            everything = [tensor for tensors in pending.values() for tensor in tensors]
+            self._flat = torch.empty(sum(tensor.numel() for tensor in everything), device=everything[0].device)
+            parts = iter(self._flat.split([tensor.numel() for tensor in everything]))
+            for name, tensors in pending.items():
+                self._parts[name] = [next(parts).view(tensor.shape) for tensor in tensors]
+                self.quantizers[name].keep_pending_in(self._parts[name])
+        if self._flat.numel():
+            collectives.all_reduce_sum(self._flat, self.process_group)
+        return self._parts
 
     def checksum(self) -> str:
         """64 bits of sha256 over every quantizer's state dict, in hexadecimal."""
