@@ -7,6 +7,7 @@ May touch: the codebooks.
 from __future__ import annotations
 
 import hashlib
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -15,8 +16,9 @@ from torch import Tensor, nn
 
 from pipeline import collectives
 from pipeline.codebooks.engine_parameters import check_precision, write_codes
-from pipeline.codebooks.health import CodebookHealth, measure_usage
+from pipeline.codebooks.health import CodebookHealth, measure
 from pipeline.codebooks.replacement import Replacement
+from pipeline.codebooks.watch import Watch, Watched
 from pipeline.quantizers.base import Quantizer
 
 
@@ -26,15 +28,23 @@ class CodebookSync:
     Every rank makes it and starts with rank 0's codebooks. ``optimizer`` is the plain torch optimiser of learned codes,
     if there is one, whose moments of replaced codes are forgotten; DeepSpeed's is found from the parameters.
 
+    Of each quantizer every ``watch_every``-th step is watched, none if it is 0: sums over some latents travel in the
+    same all-reduce then, and its health tells more.
+
     Raises RuntimeError on every rank when the ranks' models differ in their quantizers.
     """
 
     def __init__(
-        self, model: nn.Module, process_group: Any = None, optimizer: torch.optim.Optimizer | None = None
+        self,
+        model: nn.Module,
+        process_group: Any = None,
+        optimizer: torch.optim.Optimizer | None = None,
+        *,
+        watch_every: int = 0,
     ) -> None:
         self.process_group = process_group
         self.quantizers = {name: module for name, module in model.named_modules() if isinstance(module, Quantizer)}
-        layout = "; ".join(
+        layout = f"watch_every={watch_every}; " + "; ".join(
             f"{name}: {module.config.kind} {[tuple(tensor.shape) for tensor in module.pending()]}"
             for name, module in self.quantizers.items()
         )
@@ -48,6 +58,13 @@ class CodebookSync:
         self.replacement = Replacement(self.quantizers, process_group, optimizer)
         self._flat = torch.empty(0)  # where pending statistics lie, one after the other
         self._parts: dict[str, list[Tensor]] = {name: [] for name in self.quantizers}  # of it, by quantizer
+        self.watch_every = watch_every
+        self._watches: dict[str, Watch] = {}
+        if watch_every:
+            self._watches = {name: Watch(found) for name, found in self.quantizers.items() if not _holds_others(found)}
+            for name in self._watches:  # a checkpoint brings the number of steps done
+                self.quantizers[name].register_load_state_dict_post_hook(lambda *_: self._choose_watched())
+        self._choose_watched()
 
     @torch.no_grad()
     def step(self) -> CodebookHealth:
@@ -58,25 +75,30 @@ class CodebookSync:
         """
         for quantizer in self.quantizers.values():
             check_precision(quantizer)
-        reduced = self._reduce_pending()
+        reduced, watched = self._reduce_pending()
+        health = {
+            # the first statistic is the usage; a quantizer may have no codes, or leave them to quantizers within
+            name: measure(name or "quantizer", quantizer, next(iter(reduced[name]), None), watched.get(name))
+            for name, quantizer in self.quantizers.items()
+        }
         for name, quantizer in self.quantizers.items():
             moved = quantizer.moved_codes(quantizer.named_statistics(reduced[name]))
             if moved is not None:
                 write_codes(quantizer, moved[0], partial(quantizer.replace_codes, *moved), self.optimizer, forget=False)
             quantizer.apply_update(reduced[name])
         replaced = self.replacement.step()
+        self._choose_watched()
+        found = {name: of_quantizer for name, of_quantizer in health.items() if of_quantizer is not None}
         return CodebookHealth(
-            [
-                measure_usage(name or "quantizer", reduced[name][0], replaced.get(name, 0))  # the first is the usage
-                for name in self.quantizers
-                if reduced[name]  # a quantizer may have no codes, or leave them to quantizers within
-            ]
+            [replace(of_quantizer, replaced=replaced.get(name, 0)) for name, of_quantizer in found.items()]
         )
 
-    def _reduce_pending(self) -> dict[str, list[Tensor]]:
-        """Every quantizer's pending statistics, summed over ranks in one all-reduce; nothing is copied for it, unless a
-        quantizer has moved to another device or another object like this one has taken them. The next forward overwrites
-        what this gives."""
+    def _reduce_pending(self) -> tuple[dict[str, list[Tensor]], dict[str, Watched]]:
+        """Every quantizer's pending statistics, and the sums of watched ones, summed over ranks in one all-reduce.
+
+        Nothing is copied for it, unless a quantizer is watched or has moved to another device, or another object like
+        this one has taken its statistics. The next forward overwrites what this gives.
+        """
         pending = {name: quantizer.pending() for name, quantizer in self.quantizers.items()}
         places = {name: [tensor.data_ptr() for tensor in tensors] for name, tensors in pending.items()}
         if places != {name: [tensor.data_ptr() for tensor in tensors] for name, tensors in self._parts.items()}:
@@ -86,9 +108,27 @@ class CodebookSync:
             for name, tensors in pending.items():
                 self._parts[name] = [next(parts).view(tensor.shape) for tensor in tensors]
                 self.quantizers[name].keep_pending_in(self._parts[name])
-        if self._flat.numel():
-            collectives.all_reduce_sum(self._flat, self.process_group)
-        return self._parts
+        watches = {name: watch for name, watch in self._watches.items() if self.quantizers[name].watch is watch}
+        sums = [watch.pending() for watch in watches.values()]
+        everything = [self._flat.to(sums[0].device), *sums] if sums else [self._flat]
+        flat = torch.cat(everything) if sums else self._flat
+        if flat.numel():
+            collectives.all_reduce_sum(flat, self.process_group)
+        reduced, *summed = flat.split([tensor.numel() for tensor in everything])
+        if sums:
+            self._flat.copy_(reduced)
+        return self._parts, {
+            name: watch.read(part) for (name, watch), part in zip(watches.items(), summed, strict=True)
+        }
+
+    def _choose_watched(self) -> None:
+        """Begin to watch the quantizers whose next step is to be watched, and end it for the others."""
+        if not self._watches:
+            return
+        steps = torch.stack([self.quantizers[name].updates for name in self._watches]).tolist()  # one wait for a GPU
+        for (name, watch), done in zip(self._watches.items(), steps, strict=True):
+            watch.clear()
+            self.quantizers[name].watch = None if (done + 1) % self.watch_every else watch
 
     def checksum(self) -> str:
         """64 bits of sha256 over every quantizer's state dict, in hexadecimal."""
@@ -102,6 +142,11 @@ class CodebookSync:
     def check_ranks_agree(self) -> None:
         """Raise RuntimeError on every rank unless all ranks hold bit-equal codebooks."""
         collectives.check_same(self.checksum(), "codebook checksums", self.process_group)
+
+
+def _holds_others(quantizer: Quantizer) -> bool:
+    """Whether its codes are those of quantizers within, which are watched themselves."""
+    return any(isinstance(part, Quantizer) for part in quantizer.modules() if part is not quantizer)
 
 
 def _bytes(tensor: Tensor) -> bytes:

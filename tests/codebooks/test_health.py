@@ -20,7 +20,13 @@ def test_perplexity_is_the_exponential_of_the_entropy_of_each_group():
     summary = CodebookHealth([health]).summary()
     assert summary["codebook_usage"] == pytest.approx(1.75 / 3)
     assert summary["codebook_unused"] == 5
-    assert set(summary) == {"codebook_usage", "codebook_perplexity", "codebook_unused", "codebook_replaced"}
+    assert set(summary) == {
+        "codebook_usage",
+        "codebook_perplexity",
+        "codebook_unused",
+        "codebook_replaced",
+        "collapse_tokens",
+    }
 
 
 def test_no_token_is_no_perplexity():
