@@ -75,7 +75,8 @@ class QuantizerProbe:
             return
         self.tokens += len(codes)
         if self.quantizer.codes:  # `identity` has none
-            self.counts.add(torch.stack([group.bincount(minlength=self.quantizer.codes) for group in codes.T]))
+            chosen = [group[group >= 0] for group in codes.T]  # a dropped level of a residual quantizer has -1
+            self.counts.add(torch.stack([group.bincount(minlength=self.quantizer.codes) for group in chosen]))
         self._latents.add(latents)
         if not self.shares_space:
             return

@@ -147,6 +147,44 @@ def test_every_family_can_be_watched(kind: str) -> None:
     assert ("quantization_error" in metrics) == (kind not in ("knn_simplex", "gumbel"))
 
 
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"kind": "fsq", "levels": [3, 4, 3, 5], "codes": None},
+        {"kind": "lfq", "codes": 4, "groups": 2},
+        {"kind": "lfq", "codes": 16, "spherical": True},
+        {"kind": "residual", "levels": 2},
+    ],
+)
+def test_kinds_without_a_table_of_codes_and_of_several_levels(options: dict) -> None:
+    """The error is that of latents as they are compared: bounded, of length 1, as they come."""
+    quantizer = build(**options)
+    z = latents(200)
+    with QuantizerProbe(quantizer) as probe:
+        quantizer(z)
+    metrics = probe.compute()
+    compared = quantizer.real_latents(z, None)
+    error = (quantizer.decode(quantizer.encode(z)) - compared).square().sum(-1).mean()
+    variance = torch.cov(compared.T, correction=0).trace()
+    assert metrics["quantization_error"] == pytest.approx(float(error / variance), rel=1e-4)
+    assert len(probe.code_counts()) == quantizer.groups
+    assert all(sum(counts) == 200 for counts in probe.code_counts())
+    assert 1 < metrics["codebook_perplexity"] <= quantizer.codes
+    assert math.isfinite(metrics["code_dimension"])
+
+
+def test_dropped_levels_are_not_counted() -> None:
+    quantizer = build("residual", levels=3, dropout=1.0).train()
+    with QuantizerProbe(quantizer) as probe:
+        for seed in range(10):
+            torch.manual_seed(seed)
+            quantizer(latents(20))
+    totals = [sum(counts) for counts in probe.code_counts()]
+    assert totals[0] == 200
+    assert totals == sorted(totals, reverse=True)
+    assert 0 < totals[-1] < 200
+
+
 def test_without_a_codebook_only_latents_are_measured() -> None:
     quantizer = build_quantizer({"kind": "identity", "dim": 4})
     with QuantizerProbe(quantizer) as probe:
