@@ -50,11 +50,15 @@ KINDS: dict[str, dict[str, Any]] = {
     "rotation": {"kind": "rotation", "codes": 12},
     "gumbel": {"kind": "gumbel", "codes": 6, "groups": 2},
     "knn_simplex": {"kind": "knn_simplex", "codes": 6},
+    "fsq": {"kind": "fsq", "levels": [5, 4, 3]},
+    "lfq": {"kind": "lfq", "codes": 16},
+    "residual": {"kind": "residual", "codes": 12, "levels": 3},
     "identity": {"kind": "identity"},
 }
 GLOBAL = {
     "knn_simplex": {"kind": "knn_simplex", "codes": 6, "scope": "global"},
     "gumbel": {"kind": "gumbel", "codes": 6, "groups": 2, "scope": "global"},
+    "lfq": {"kind": "lfq", "codes": 16, "scope": "global"},
 }
 REPLACING: dict[str, dict[str, Any]] = {
     "ema": {"kind": "ema", "codes": 40, "decay": 0.8, "replace_after": 2},
