@@ -325,7 +325,7 @@ class Quantizer(nn.Module):
         self.update(statistics)
         if self.replace_after and bool(statistics["usage"].any()):
             self.idle_steps.add_(1).masked_fill_(statistics["usage"] > 0, 0)
-        self.updates += 1
+        self.updates.add_(1)
         self.discard_pending()
 
     def discard_pending(self) -> None:

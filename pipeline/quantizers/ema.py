@@ -79,7 +79,7 @@ class EMAQuantizer(Quantizer):
     def update(self, statistics: dict[str, Tensor]) -> None:
         """Irie et al., equations 3–5 with their neighbourhood A(t): n = Aᵀ counts, S = Aᵀ sums, then the averages."""
         counts, sums = statistics["usage"], statistics["sums"]
-        if not counts.any():
+        if not float(counts.sum()):
             return  # no real token on any rank: there is nothing to average
         if self.config.update_empty:
             self.average(counts, sums)
