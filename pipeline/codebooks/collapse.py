@@ -5,6 +5,8 @@ In: latents and codes, batch by batch. Out: numbers over the whole set, from sum
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -70,11 +72,20 @@ def codes_dimension(codebook: Tensor, used: Tensor, share: float = 0.99) -> int:
 
     codebook ``(codes, dim)``, used bool ``(codes,)``.
     """
-    if not used.any():
-        return 0
-    moments = SecondMoments()
-    moments.add(codebook[used])
-    return effective_dimension(moments.covariance(), share)
+    return effective_dimension(fit_codes(codebook, used)[1], share) if used.any() else 0
+
+
+def fit_codes(codebook: Tensor, used: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean ``(dim,)`` and covariance ``(dim, dim)`` of the codes in use, each counted once, float64.
+
+    codebook ``(codes, dim)``, used bool ``(codes,)``, of which there is one. Products are fp32, of codes from which
+    their mean is taken off.
+    """
+    codes = codebook[used].float()
+    centre = codes.mean(dim=0)
+    centred = codes.sub_(centre)
+    rest = centred.mean(dim=0, dtype=torch.float64)  # what the fp32 mean has missed
+    return centre + rest, (centred.T @ centred).double() / len(codes) - torch.outer(rest, rest)
 
 
 def token_concentration(codebook: Tensor, used: Tensor, latent_rms: float) -> float:
@@ -93,7 +104,7 @@ def token_concentration(codebook: Tensor, used: Tensor, latent_rms: float) -> fl
     return float(torch.cat(nearest).mean()) / latent_rms
 
 
-def code_latent_divergence(latents: SecondMoments, codebook: Tensor, used: Tensor) -> float:
+def code_latent_divergence(latents: SecondMoments, codes: Sequence[tuple[Tensor, Tensor]]) -> float:
     """How far the codes in use are from where latents are, over the latents' variance: 0 where both have the same mean
     and covariance, 1 where all codes lie at the latents' mean.
 
@@ -101,19 +112,18 @@ def code_latent_divergence(latents: SecondMoments, codebook: Tensor, used: Tenso
     groups. That codes lag behind latents that move away from them is the divergence of the two distributions of
     Huh et al., arXiv 2305.08842; between fitted Gaussians it is measured in Wasserstein VQ, arXiv 2506.15078.
 
-    codebook ``(groups, codes, code_dim)``, used bool ``(groups, codes)``; latents of size groups · code_dim. NaN where
-    no code is in use or latents have no variance.
+    ``codes``: of each group what :func:`fit_codes` gives; their sizes add up to the latents'. NaN where latents have no
+    variance.
     """
     variance = latents.variance()
-    if not bool(used.any(dim=1).all()) or not variance:
+    if not variance:
         return float("nan")
     mean, covariance = latents.mean(), latents.covariance()
-    code_dim, total = codebook.shape[2], 0.0
-    for group, of_group in enumerate(codebook):
-        place = slice(group * code_dim, (group + 1) * code_dim)
-        codes = SecondMoments()
-        codes.add(of_group[used[group]].to(mean.device))
-        total += gaussian_distance(mean[place], covariance[place, place], codes.mean(), codes.covariance())
+    start, total = 0, 0.0
+    for of_group in codes:
+        place = slice(start, start + len(of_group[0]))
+        total += gaussian_distance(mean[place], covariance[place, place], *of_group)
+        start = place.stop
     return total / variance
 
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from pipeline.codebooks.alarm import Alarm, judge_embeddings, judge_tokens
-from pipeline.codebooks.collapse import FLAT, code_latent_divergence, codes_dimension, effective_dimension
+from pipeline.codebooks.collapse import FLAT, code_latent_divergence, effective_dimension, fit_codes
 from pipeline.codebooks.topology import grid_correlation, spread_codes
 from pipeline.codebooks.watch import Watched, compares, is_map
 from pipeline.quantizers.base import Quantizer
@@ -157,11 +157,11 @@ def measure_watched(quantizer: Quantizer, watched: Watched, counts: Tensor | Non
         measures["topographic_error"] = watched.torn / watched.tokens
     if counts is not None and quantizer.codes <= MEASURED_CODES:
         codebooks, used = quantizer.codebook().float().cpu(), counts.cpu() > 0
-        measures["code_dimension"] = _mean(
-            [codes_dimension(*of_group) for of_group in zip(codebooks, used, strict=True)]
-        )
-        if compares(quantizer) and not flat:
-            measures["code_latent_divergence"] = code_latent_divergence(moments, codebooks, used)
+        if bool(used.any(dim=1).all()):
+            fits = [fit_codes(*of_group) for of_group in zip(codebooks, used, strict=True)]
+            measures["code_dimension"] = _mean([effective_dimension(covariance) for _, covariance in fits])
+            if compares(quantizer) and not flat:
+                measures["code_latent_divergence"] = code_latent_divergence(moments, fits)
         if is_map(quantizer):
             measures["grid_correlation"] = _mean([_order_on_grid(quantizer, codebook) for codebook in codebooks])
     return {name: value for name, value in measures.items() if math.isfinite(value)}

@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -30,7 +31,7 @@ def nearest_codes(latents: Tensor, codebook: Tensor, number: int = 2, chunk: int
     # |z|² is the same for every code of a row, so it plays no part in the order.
     lengths = codebook.square().sum(1)
     parts = [
-        torch.topk(lengths - 2.0 * part.float() @ codebook.T, number, dim=1, largest=False).indices
+        torch.topk(torch.addmm(lengths, part.float(), codebook.T, alpha=-2.0), number, dim=1, largest=False).indices
         for part in latents.split(chunk)
     ]
     return torch.cat(parts) if parts else torch.empty(0, number, dtype=torch.int64)
@@ -71,10 +72,15 @@ def spread_codes(codes: int, most: int) -> Tensor:
 
 
 def ranks(values: Tensor) -> Tensor:
-    """Ranks from 1 on, equal values sharing their mean rank: ``(n,)`` → float64 ``(n,)``."""
-    _, inverse, counts = torch.unique(values, return_inverse=True, return_counts=True)
-    last = counts.cumsum(0).double()
-    return (last - (counts.double() - 1) / 2)[inverse]
+    """Ranks from 1 on, equal values sharing their mean rank: ``(n,)`` → float64 ``(n,)``, on the CPU."""
+    unsorted = values.cpu().numpy()
+    order = np.argsort(unsorted)  # several times faster than torch's
+    ascending = unsorted[order]
+    place = np.cumsum(np.concatenate([[False], ascending[1:] != ascending[:-1]]))  # of each value among distinct ones
+    counts = np.bincount(place)
+    ranked = np.empty(len(order))
+    ranked[order] = (np.cumsum(counts) - (counts - 1) / 2)[place]
+    return torch.from_numpy(ranked)
 
 
 def pearson(first: Tensor, second: Tensor) -> float:
