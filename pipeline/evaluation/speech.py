@@ -32,6 +32,8 @@ def measure_speech(model: Any, batches: Iterable[Any], negatives: int, device: s
             targets += batch.targets
             output = model(batch.to(device))
             for name, (numerator, denominator) in output.metrics.items():
+                if name.startswith("quantizer_"):  # of the training step; the probe measures the quantizer
+                    continue
                 pair = sums.setdefault(name, [0.0, 0.0])
                 pair[0] += float(numerator)
                 pair[1] += float(denominator)

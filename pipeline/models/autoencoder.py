@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.data.collation import ImageBatch
-from pipeline.models.base import StepOutput, quantizer_losses
+from pipeline.models.base import StepOutput, quantizer_losses, quantizer_metrics
 from pipeline.models.config import AutoencoderConfig
 from pipeline.quantizers import Quantizer
 
@@ -51,7 +51,7 @@ class Autoencoder(nn.Module):
         values = torch.tensor(float(batch.targets), device=squared.device)
         return StepOutput(
             losses={"reconstruction": squared} | quantizer_losses(output, batch.targets),
-            metrics={"mse": (squared.detach() * self.config.pixel_deviation**2, values)},
+            metrics={"mse": (squared.detach() * self.config.pixel_deviation**2, values)} | quantizer_metrics(output),
             quantizer=output,
         )
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 from pipeline.quantizers import QuantizerOutput
@@ -26,3 +27,13 @@ class StepOutput(NamedTuple):
 def quantizer_losses(output: QuantizerOutput, targets: int) -> dict[str, Tensor]:
     """The quantizer's losses, means over real tokens, as sums over ``targets``."""
     return {f"quantizer_{name}": loss * targets for name, loss in output.losses.items()}
+
+
+def quantizer_metrics(output: QuantizerOutput) -> dict[str, tuple[Tensor, Tensor]]:
+    """The quantizer's metrics, means over real tokens, as (sum over tokens, tokens)."""
+    tokens = (output.codes[..., 0] >= 0).sum()
+    return {
+        # a metric of no tokens may be anything, NaN too
+        f"quantizer_{name}": (torch.where(tokens > 0, value.double() * tokens, 0.0), tokens)
+        for name, value in output.metrics.items()
+    }

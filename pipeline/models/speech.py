@@ -18,7 +18,7 @@ from fairseq2.nn import BatchLayout
 from torch import Tensor, nn
 
 from pipeline.data.collation import SpeechBatch
-from pipeline.models.base import StepOutput, quantizer_losses
+from pipeline.models.base import StepOutput, quantizer_losses, quantizer_metrics
 from pipeline.models.config import Wav2Vec2Config
 from pipeline.models.contrastive import contrast
 from pipeline.quantizers import Quantizer
@@ -77,7 +77,7 @@ class Wav2Vec2Pretraining(nn.Module):
             "valid_targets": (found.valid_targets, masked),
             "valid_negatives": (found.valid_negatives, found.negatives),
         }
-        return StepOutput(losses=losses, metrics=metrics, quantizer=output)
+        return StepOutput(losses=losses, metrics=metrics | quantizer_metrics(output), quantizer=output)
 
     @torch.no_grad()
     def extract(self, waveforms: Tensor, lengths: Tensor) -> Tensor:
