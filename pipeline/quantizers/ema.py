@@ -33,7 +33,11 @@ class MovingAverageOptions(QuantizerOptions, ProjectionOptions, NormaliseOptions
     count_init: float = Field(
         1.0, ge=0, description="counts at the start; 0 with update_empty lets codes run away that nothing chose"
     )
-    update_empty: bool = Field(True, description="decay codes that nothing chose too; otherwise they keep their state")
+    update_empty: bool = Field(
+        True,
+        description="decay codes that nothing chose too, as published, which draws them to the origin after some "
+        "7 / (1 - decay) steps without a token; false: they keep their state",
+    )
     commitment: float = Field(0.25, ge=0, description="weight of the latents' pull towards their codes")
 
 
