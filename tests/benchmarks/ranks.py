@@ -26,9 +26,8 @@ def main() -> None:
 
 def measure_and_print() -> list[dict[str, Any]]:
     results = []
-    print(
-        "\n## Two gloo ranks, one thread each\n\n| what | ms, best | median | ratio, best | median |\n|---|---|---|---|---|"
-    )
+    print("\n## Two gloo ranks, one thread each\n")
+    print("| what | ms, best | median | ratio, best | median |\n|---|---|---|---|---|")
     for dim, codes, repeats in SYNC_SIZES:
         ranks = run_ranks(_sync, 2, dim, codes, repeats, timeout=900)
         what = f"{QUANTIZERS} × {codes} × {dim} ({ranks[0]['bytes'] / 1e6:.1f} MB)"
@@ -41,9 +40,8 @@ def measure_and_print() -> list[dict[str, Any]]:
 
 def _print(first: str, second: str, ranks: list[dict[str, Any]]) -> dict[str, Any]:
     # a turn's seconds are the slower rank's
-    base, other = (
-        [max(pair) for pair in zip(*(rank[key] for rank in ranks), strict=True)] for key in ("base", "other")
-    )
+    slower = [[max(turn) for turn in zip(*(rank[key] for rank in ranks), strict=True)] for key in ("base", "other")]
+    base, other = slower
     ratio = statistics.median(b / a for a, b in zip(base, other, strict=True))
     print(f"| {first} | {1000 * min(base):.2f} | {1000 * statistics.median(base):.2f} | | |")
     times = f"{1000 * min(other):.2f} | {1000 * statistics.median(other):.2f}"
