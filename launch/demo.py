@@ -266,7 +266,7 @@ def _train(demo: Demo, recipe_name: str, data: Path, run: Path, failures: int) -
         f"  {recipe.name}: {RANKS} Ray workers, DeepSpeed ZeRO-{recipe.engine.zero_stage}, "
         f"quantizer {recipe.quantizer.kind}, {recipe.training.steps} steps of {recipe.batch.micro_batches} batches"
     )
-    with Follow(run, recipe.training.steps, recipe.name, demo.console):
+    with Follow(run, recipe.training.steps, recipe.name, demo.console, warnings=True):
         train_on_ray(recipe_file, run, RANKS, failures=failures)
     return recipe
 

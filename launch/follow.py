@@ -55,16 +55,22 @@ def describe_line(line: dict[str, Any]) -> str:
     ):
         if isinstance(line.get(key), int | float):
             words.append(f"{label} {line[key]:{form}}")
+    for collapse in ("tokens", "embeddings"):
+        if line.get(f"collapse_{collapse}"):
+            words.append(f"{collapse} collapse")
     return "  ".join(words)
 
 
 class Follow:
-    """Context manager: while it is open, a thread shows the run's progress."""
+    """Context manager: while it is open, a thread shows the run's progress; with ``warnings`` also the run's warnings,
+    for ranks whose own output is not seen here."""
 
-    def __init__(self, run: Path, steps: int, title: str, console: Console | None = None) -> None:
+    def __init__(
+        self, run: Path, steps: int, title: str, console: Console | None = None, *, warnings: bool = False
+    ) -> None:
         self._console = console or Console()
         self._reader = LogReader(run / "log.jsonl")
-        self._steps, self._title = steps, title
+        self._steps, self._title, self._warnings = steps, title, warnings
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._loop, name="tessera-follow", daemon=True)
         self._progress = Progress(
@@ -100,6 +106,10 @@ class Follow:
                 if attempt is not None and line["attempt"] != attempt:
                     self._console.print(f"  {self._title}: resumed, first line at step {line['step']}")
                 attempt = line["attempt"]
+                for warning in line.get("warnings", []) if self._warnings else []:
+                    self._console.print(
+                        f"  {self._title}: warning at step {line['step']}: {warning}", soft_wrap=True, highlight=False
+                    )
                 self._progress.update(self._task, completed=line["step"], state=describe_line(line))
                 done = line["step"] >= self._steps
                 if not self._console.is_terminal and (done or time.monotonic() - said >= SECONDS_BETWEEN_LINES):

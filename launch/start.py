@@ -103,7 +103,7 @@ def _start_on_ray(recipe, run: Path, ranks: int, failures: int, ray_address: str
     run.mkdir(parents=True, exist_ok=True)
     recipe_file = run / "launched.yaml"
     recipe_file.write_text(recipe.to_yaml())
-    with ray_session(ray_address), Follow(run, recipe.training.steps, recipe.name):
+    with ray_session(ray_address), Follow(run, recipe.training.steps, recipe.name, warnings=True):
         train_on_ray(recipe_file, run, ranks, failures=failures)
     return 0
 

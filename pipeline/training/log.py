@@ -8,13 +8,21 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from pipeline import collectives
+from pipeline.codebooks import Alarm
 from pipeline.models.base import StepOutput
+
+PERSISTENT_STEPS = 5
+"""Watched steps in a row that show a collapse before it is warned of: codes and latents of an untrained encoder often
+look collapsed and recover within some hundred steps."""
+REMINDER_STEPS = 20
+"""Watched steps after which a warning is repeated while its cause lasts."""
 
 
 class StepMeter:
@@ -57,6 +65,24 @@ class StepMeter:
         return {"loss": sum(losses.values()), **{f"loss_{name}": value for name, value in losses.items()}, **metrics}
 
 
+class AlarmLog:
+    """Decides which of a watched step's alarms are worth a warning: one that has lasted :data:`PERSISTENT_STEPS`, and
+    from then on every :data:`REMINDER_STEPS`-th time until it has been gone once."""
+
+    def __init__(self) -> None:
+        self._lasting: dict[tuple[str, str], int] = {}  # watched steps in a row, by collapse and quantizer
+
+    def warnings(self, alarms: Sequence[Alarm]) -> list[str]:
+        """Messages to be said now; called once for each watched step with all of its alarms."""
+        found = {(alarm.collapse, alarm.quantizer): alarm.message for alarm in alarms}
+        self._lasting = {key: self._lasting.get(key, 0) + 1 for key in found}
+        return [
+            message
+            for key, message in found.items()
+            if self._lasting[key] >= PERSISTENT_STEPS and (self._lasting[key] - PERSISTENT_STEPS) % REMINDER_STEPS == 0
+        ]
+
+
 class RunLog:
     """Writes ``log.jsonl`` and TensorBoard from rank 0; on the other ranks it writes nothing."""
 
@@ -71,8 +97,8 @@ class RunLog:
             self._file = log_file.open("a", buffering=1)
             self._writer = SummaryWriter(str(tensorboard_folder))
 
-    def write(self, step: int, values: dict[str, float]) -> None:
-        """One line for ``step`` (optimiser steps done)."""
+    def write(self, step: int, values: Mapping[str, Any]) -> None:
+        """One line for ``step`` (optimiser steps done); what is no number is in ``log.jsonl`` only."""
         if self._file is None:
             return
         # JSON has no NaN; every other number is written in full, so that two runs can be compared bit for bit.

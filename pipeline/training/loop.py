@@ -14,13 +14,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from pipeline import collectives
-from pipeline.codebooks import CodebookSync, initialise_codebooks
+from pipeline.codebooks import CodebookHealth, CodebookSync, initialise_codebooks
 from pipeline.data import SamplingPlan, ShardedDataset, build_loader
 from pipeline.models import build_collation, build_model
 from pipeline.training.checkpoint import CheckpointError, find_latest, load_checkpoint, save_checkpoint
 from pipeline.training.engine import build_engine, join_process_group
 from pipeline.training.environment import write_environment
-from pipeline.training.log import RunLog, StepMeter, last_attempt
+from pipeline.training.log import AlarmLog, RunLog, StepMeter, last_attempt
 from pipeline.training.optimizer import build_optimizer
 from pipeline.training.run_folder import Run
 from pipeline.training.schedule import learning_rate_factor
@@ -55,7 +55,7 @@ def train(recipe: Recipe, run_dir: str | Path) -> Run:
     plan = SamplingPlan(dataset, recipe.batch, recipe.data, recipe.seed)
     model = build_model(recipe.model, recipe.quantizer).to(device)
     optimizer = build_optimizer(model, recipe.optimizer)
-    sync = CodebookSync(model, optimizer=optimizer)
+    sync = CodebookSync(model, optimizer=optimizer, watch_every=recipe.training.log_every)
     accumulation = recipe.batch.micro_batches // collectives.world_size()
     checkpoint = _latest_on_all_ranks(run)
     collation = build_collation(recipe)
@@ -93,7 +93,7 @@ def train(recipe: Recipe, run_dir: str | Path) -> Run:
 
     log = RunLog(run.log_file, run.path / "tensorboard", attempt=last_attempt(run.log_file) + 1)
     write_environment(run.environment_file)
-    meter = StepMeter()
+    meter, alarm_log = StepMeter(), AlarmLog()
     loader = load(start)
     clock = time.perf_counter()
     try:
@@ -115,7 +115,8 @@ def train(recipe: Recipe, run_dir: str | Path) -> Run:
                 values = meter.read() | health.summary() | _progress(engine, plan, done)
                 _check_finite(values, done)
                 now = time.perf_counter()
-                log.write(done, values | {"seconds": now - clock, "data_wait": loader.wait_seconds})
+                warnings = _warn(alarm_log, health) if done % recipe.training.log_every == 0 else {}
+                log.write(done, values | {"seconds": now - clock, "data_wait": loader.wait_seconds} | warnings)
                 clock, loader.wait_seconds = now, 0.0
             if done % recipe.training.checkpoint_every == 0 or done == recipe.training.steps:
                 save_checkpoint(
@@ -213,6 +214,15 @@ def _progress(engine: DeepSpeedEngine, plan: SamplingPlan, done: int) -> dict[st
         "learning_rate": float(engine.optimizer.param_groups[0]["lr"]),
         "epoch": plan.epoch(done),
     }
+
+
+def _warn(alarm_log: AlarmLog, health: CodebookHealth) -> dict[str, list[str]]:
+    """Say what is wrong with the codebooks, once; returns it for the log."""
+    messages = alarm_log.warnings(health.alarms)
+    if collectives.rank() == 0:
+        for message in messages:
+            logger.warning("%s", message)
+    return {"warnings": messages} if messages else {}
 
 
 def _check_finite(values: dict[str, float], done: int) -> None:

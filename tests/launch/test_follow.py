@@ -3,6 +3,7 @@
 import json
 import time
 
+import pytest
 from rich.console import Console
 
 from launch.follow import Follow, LogReader, describe_line
@@ -53,3 +54,19 @@ def test_without_a_terminal_progress_and_resume_are_printed_as_lines(tmp_path):
 
 def test_missing_values_are_left_out():
     assert describe_line({"loss": None, "codebook_usage": 0.5}) == "usage 50%"
+
+
+def test_a_collapse_is_seen_on_the_line():
+    line = {"loss": 1.0, "collapse_tokens": 1.0, "collapse_embeddings": 0.0}
+    assert describe_line(line) == "loss 1.0000  tokens collapse"
+
+
+@pytest.mark.parametrize("shown", [True, False])
+def test_warnings_are_printed_where_the_ranks_cant_be_heard(tmp_path, shown):
+    output = tmp_path / "output"
+    with output.open("w") as stream:
+        console = Console(file=stream, force_terminal=False)
+        with Follow(tmp_path, steps=20, title="tiny", console=console, warnings=shown):
+            _append(tmp_path / "log.jsonl", json.dumps({"step": 10, "attempt": 1, "warnings": ["few codes"]}) + "\n")
+            time.sleep(0.1)
+    assert ("tiny: warning at step 10: few codes" in output.read_text()) == shown
