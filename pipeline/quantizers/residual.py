@@ -134,8 +134,12 @@ class ResidualQuantizer(Quantizer):
             output = level(left, None if number < kept else nothing)
             outputs.append(output)
             total = total + output.vectors.detach()
-            if number < kept and getattr(level.config, "sync_nu", 0.0) > 0:
-                own_gradients = own_gradients + _without_gradient_to(left, output.vectors)
+            if getattr(level.config, "sync_nu", 0.0) > 0:
+                # A dropped level's are none, but ranks that draw other levels must go through the same modules: ZeRO 3
+                # compares them.
+                own_gradients = own_gradients + (output.vectors - output.vectors.detach())
+                if number < kept:  # its vectors bring the gradient that goes straight through, too
+                    own_gradients = own_gradients - (left - left.detach())
         names = outputs[0].losses
         return Quantized(
             straight_through(latents, total) + own_gradients,
@@ -186,8 +190,3 @@ class ResidualQuantizer(Quantizer):
 
     def _quantizers(self) -> list[Quantizer]:
         return list(self.levels)  # type: ignore[arg-type]  # modules, to mypy
-
-
-def _without_gradient_to(left: Tensor, vectors: Tensor) -> Tensor:
-    """0, with the gradients of ``vectors`` but for the one that goes straight through to ``left``."""
-    return (vectors - vectors.detach()) - (left - left.detach())

@@ -134,6 +134,29 @@ def test_dropped_levels_add_nothing_and_count_nothing():
     assert 300 == pending[0] > pending[-1] > 0
 
 
+@pytest.mark.parametrize(
+    "level", [{"kind": "ste", "sync_nu": 0.5, "alpha": 0.5}, {"kind": "simvq"}, {"kind": "affine"}]
+)
+def test_ranks_that_drop_other_levels_go_through_the_same_modules(level):
+    """ZeRO 3 gathers parameters in the order of the first step, and stops ranks whose orders differ."""
+    orders = {}
+    for kept in range(1, 4):
+        quantizer = build(level, dropout=1.0).train()
+        quantizer._draw_kept = lambda kept=kept: kept
+        order = orders[kept] = []
+        for name, module in quantizer.named_modules():
+            if list(module.parameters(recurse=False)):
+                module.register_forward_hook(lambda *_, name=name, order=order: order.append(("forward", name)))
+                module.register_full_backward_pre_hook(
+                    lambda *_, name=name, order=order: order.append(("backward", name))
+                )
+        output = quantizer(latents(10).requires_grad_())
+        (output.vectors.sum() + sum(output.losses.values())).backward()
+    assert orders[1] == orders[2] == orders[3]
+    learned = {name.rpartition(".")[0] for name, _ in quantizer.named_parameters()}
+    assert {name for way, name in orders[1] if way == "backward"} == learned
+
+
 def test_how_often_levels_are_dropped():
     quantizer = build(dropout=0.25, levels=5).train()
     torch.manual_seed(0)
