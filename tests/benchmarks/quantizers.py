@@ -43,6 +43,8 @@ PEERS: dict[str, dict[str, Any]] = {
     "LVQ, straight-through": {"decay": 0.99, "commitment_weight": 0.25, "rotation_trick": False},
     "LVQ, default": {},
 }
+BYTES_PER_DISTANCE = {"gumbel": 41, "LVQ, straight-through": 25, "LVQ, default": 25, "knn_simplex": 8}
+"""Peak memory over tokens × codes, measured at the first size: what would not fit is not tried."""
 FLOOR_TILE = {"cpu": 1 << 21, "cuda": 1 << 26}
 ENVIRONMENT = {"OMP_WAIT_POLICY": "passive"}  # threads that wait for work sleep: waiting is no CPU time of the kind's
 
@@ -95,6 +97,10 @@ def _all_kinds(options: argparse.Namespace) -> list[dict[str, Any]]:
                 elif name not in PEERS and name not in REGISTERED:
                     print(f"| {name} | not in the registry |")
                 else:
+                    needed = size[0] * size[2] * BYTES_PER_DISTANCE.get(name, 0)
+                    if device == "cpu" and needed > 0.9 * _kilobytes("/proc/meminfo", "MemAvailable"):
+                        print(f"| {name} | needs {needed / 1e9:.0f} GB, more than is free |")
+                        continue
                     wanted = {"name": name, "size": size, "device": device, "dtype": dtype}
                     wanted |= {"repeats": options.repeats, "budget": options.budget}
                     results.append(wanted | _in_a_process(wanted, options.threads))
@@ -250,7 +256,7 @@ class _Peak:
         if self.device == "cpu":
             ctypes.CDLL(None).malloc_trim(0)  # free memory that the process holds would hide what is taken
             Path("/proc/self/clear_refs").write_text("5")  # the peak so far is forgotten
-            self.before = _status("VmRSS")
+            self.before = _kilobytes("/proc/self/status", "VmRSS")
         else:
             import torch
 
@@ -260,15 +266,16 @@ class _Peak:
 
     def __exit__(self, *problem: object) -> None:
         if self.device == "cpu":
-            self.bytes = _status("VmHWM") - self.before
+            self.bytes = _kilobytes("/proc/self/status", "VmHWM") - self.before
         else:
             import torch
 
             self.bytes = torch.cuda.max_memory_allocated() - self.before
 
 
-def _status(field: str) -> int:
-    found = re.search(rf"{field}:\s+(\d+) kB", Path("/proc/self/status").read_text())
+def _kilobytes(path: str, field: str) -> int:
+    """A field of a file of the kernel's, in bytes."""
+    found = re.search(rf"{field}:\s+(\d+) kB", Path(path).read_text())
     assert found
     return int(found.group(1)) * 1024
 
