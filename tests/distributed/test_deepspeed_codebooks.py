@@ -4,7 +4,7 @@ One model holds a quantizer of each kind. It trains under the engine as the loop
 k-means initialisation, replacement and inner steps, and is compared with the same model under plain torch in one
 process, which differs by the order of sums (tests/distributed/test_parity.py). In both precisions: in bf16 weights,
 gradients and sums over ranks are fp32 too, and a matrix product of the same bf16 numbers is the same anywhere. The
-largest error measured was 3.8e-6 for values of about 1; TOLERANCE is five times that.
+largest error measured was 3.8e-6, in sums of some units; TOLERANCE is five times that.
 
 What the stages do to codebook state, which these tests pin down:
 

@@ -7,8 +7,8 @@ micro-batch of each step is nothing but padding: of 4 ranks with one each, one i
 
 Sums over micro-batches are made in another order on another number of ranks, which changes their last bits: an
 addition of fp32 rounds by up to 6e-8 of its result, a step adds up to some hundred tokens, and the next step starts
-from its errors. The largest error measured after the 20 steps was 3.5e-6 for values of about 1 (a Kohonen map, 16
-micro-batches); TOLERANCE is three times that. A defect is far from it: codes move by more than 1e-2
+from its errors. The largest error measured after the 20 steps, relative to 1 + |value|, was 1.5e-6 (residual levels, 16
+micro-batches); TOLERANCE is six times that. A defect is far from it: codes move by more than 1e-2
 (``test_training_moved_the_codebooks``), and a micro-batch counted wrongly changes a good part of that.
 
 Codes must be equal, not close. A rounding error would turn a token's code where two codes are equally near to it, so
@@ -69,7 +69,9 @@ KINDS = {
     "knn-gumbel": {"kind": "knn_simplex", "codes": 8, "groups": 2, "logits": "linear", "sampler": "gumbel"},
     "gumbel": {"kind": "gumbel", "codes": 24, "groups": 2, "temperature": [2.0, 0.5, 0.9]},
     "fsq": {"kind": "fsq", "levels": [5, 4, 3], "groups": 2},
-    "lfq": {"kind": "lfq", "codes": 16, "groups": 2},
+    # At inverse_temperature 100, the default, this loss is so steep that the rounding error of one step (4e-9) was 1e-4
+    # after 20, with no code turned: whatever trains there, parity can't be told from a defect.
+    "lfq": {"kind": "lfq", "codes": 16, "groups": 2, "inverse_temperature": 10},
     "residual-ema": {"kind": "residual", "codes": 8, "levels": 3, "level": {"kind": "ema", "decay": 0.9}},
     "residual-ste-replace": {
         "kind": "residual",
@@ -100,6 +102,7 @@ CASES = [
         (4, 16, True, False),
     ]
 ]
+pytestmark = pytest.mark.timeout(900)  # the first test that asks for a run waits for all kinds on all its ranks
 each_case = pytest.mark.parametrize(("world_size", "micro_batches", "recomputed"), CASES)
 
 
@@ -229,7 +232,7 @@ def train_all(kinds, micro_batches, recomputed, join=False):
 @functools.cache
 def runs(world_size, micro_batches, recomputed):
     """Each rank's results of all kinds."""
-    return run_ranks(train_all, world_size, KINDS, micro_batches, recomputed, timeout=280)
+    return run_ranks(train_all, world_size, KINDS, micro_batches, recomputed, timeout=850)
 
 
 def assert_parity(expected, results):
