@@ -8,9 +8,9 @@ import time
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # networks this small gain nothing from a second core; before torch
 
-from tests.benchmarks.behaviour import ksom
+from tests.benchmarks.behaviour import collapse, knn, ksom
 
-TABLES = {"ksom": ksom}
+TABLES = {"ksom": ksom, "collapse": collapse, "knn": knn}
 
 
 def main() -> None:

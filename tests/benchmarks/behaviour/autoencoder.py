@@ -48,7 +48,7 @@ class Autoencoder(nn.Module):
         torch.manual_seed(seed)
         self.encoder = _mlp(DATA_DIM, hidden, LATENT_DIM)
         self.decoder = _mlp(LATENT_DIM, hidden, DATA_DIM)
-        self.quantizer: nn.Module = build_quantizer(quantizer, dim=LATENT_DIM)
+        self.quantizer: Any = build_quantizer(quantizer, dim=LATENT_DIM)
 
     def forward(self, points: Tensor) -> Reconstruction:
         quantized = self.quantizer(self.encoder(points))

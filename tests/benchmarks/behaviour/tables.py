@@ -24,8 +24,9 @@ def figure(value: float) -> str:
 
 
 def beside(values: Iterable[float], specified: str) -> str:
-    """Ours and, in brackets, the specification's."""
-    return f"{figure(mean(values))} ({specified})"
+    """Ours and, in brackets, the specification's if it has one."""
+    ours = figure(mean(values))
+    return f"{ours} ({specified})" if specified else ours
 
 
 def markdown(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
