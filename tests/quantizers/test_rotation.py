@@ -100,7 +100,8 @@ def test_groups_are_turned_by_themselves():
 
 
 def test_everything_but_the_gradient_is_emas():
-    """Codes, losses and the codebook after steps with replacement are those of kind ema, bit for bit."""
+    """Codes and the codebook after steps with replacement are those of kind ema, bit for bit; the loss is too, but for
+    the order of its sum."""
     options = {"dim": 6, "codes": 12, "groups": 2, "decay": 0.8, "replace_after": 2}
     states, outputs = [], []
     for kind in ("rotation", "ema"):
@@ -111,11 +112,12 @@ def test_everything_but_the_gradient_is_emas():
             latents = torch.randn(20, 6, generator=torch.Generator().manual_seed(step)).requires_grad_()
             out = quantizer(latents)
             out.losses["commitment"].backward()
-            outputs.append((out.vectors.detach(), out.codes, out.losses["commitment"].detach(), latents.grad))
+            states.append((out.vectors.detach(), out.codes))
+            outputs.append((out.losses["commitment"].detach(), latents.grad))
             sync.step()
-        states.append(quantizer.state_dict())
-    torch.testing.assert_close(states[0], states[1], rtol=0, atol=0)
-    torch.testing.assert_close(outputs[:5], outputs[5:], rtol=0, atol=0)
+        states.append(tuple(quantizer.state_dict().values()))
+    torch.testing.assert_close(states[:6], states[6:], rtol=0, atol=0)
+    torch.testing.assert_close(outputs[:5], outputs[5:])
 
 
 def test_codes_get_no_gradient():
