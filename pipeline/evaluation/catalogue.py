@@ -44,9 +44,19 @@ MEASURES = (
     Measure("codebook_usage", "codes in use", percent, "share of codes that occur at least once in the set"),
     Measure("codebook_perplexity", "perplexity", number(1), "codes it is worth, from counts over the whole set"),
     Measure("dead_codes", "dead codes", number(0), "codes that never occur in the set"),
-    Measure("quantization_error", "quantization error", percent, "latents' variance that the codes lose"),
+    Measure("quantization_error_relative", "quantization error", percent, "latents' variance that the codes lose"),
+    Measure("quantization_error", "squared distance to codes", number(4), "mean of a latent to its code"),
+    Measure(
+        "soft_hard_gap", "soft/hard gap", number(4), "mixtures to codes, squared, by feature; 0: no gap at inference"
+    ),
     Measure("latent_dimension", "latent dimension", number(0), "axes that hold 99 % of the latents' variance"),
     Measure("code_dimension", "code dimension", number(1), "axes that hold 99 % of the used codes' variance"),
+    Measure(
+        "code_latent_divergence",
+        "code–latent divergence",
+        number(3),
+        "distance of the codes' distribution to the latents' ÷ their variance; 0: where the latents are",
+    ),
     Measure("token_concentration", "code spacing", number(3), "nearest code's distance ÷ latents' norm; 0: collapse"),
     Measure("topographic_error", "topographic error", percent, "latents whose two best codes are no grid neighbours"),
     Measure(

@@ -13,8 +13,16 @@ from typing import Any
 import torch
 from torch import nn
 
-from pipeline.codebooks.collapse import SecondMoments, codes_dimension, effective_dimension, token_concentration
+from pipeline.codebooks.collapse import (
+    SecondMoments,
+    code_latent_divergence,
+    codes_dimension,
+    effective_dimension,
+    fit_codes,
+    token_concentration,
+)
 from pipeline.codebooks.topology import find_torn, grid_correlation
+from pipeline.codebooks.watch import GAP
 from pipeline.evaluation.codebook import CodeCounts
 
 VARIANCE_FLOOR = 1e-12
@@ -36,9 +44,10 @@ class QuantizerProbe:
         self.tokens = 0
         self.counts = CodeCounts()
         self._latents = SecondMoments()
-        self._compared_sum: Any = 0.0  # (codebook_dim,): of latents as they are compared with codes
-        self._squared_norm = 0.0
+        self._compared = SecondMoments()  # of latents as they are compared with codes
         self._squared_error = 0.0
+        self._gap = 0.0  # Σ of the soft/hard gap over the tokens that tell it
+        self._gap_tokens = 0
         self._torn = 0
         self._handle: Any = None
 
@@ -51,11 +60,6 @@ class QuantizerProbe:
     def shares_space(self) -> bool:
         """Whether a code lies where the latents lie that it stands for, as they are compared with it."""
         return bool(self.quantizer.codes and self.quantizer.compares_latents)
-
-    @property
-    def has_error(self) -> bool:
-        """Whether vectors are meant to be where latents are: a learned map behind the codes takes them elsewhere."""
-        return self.shares_space and self.quantizer.project_out is None
 
     def __enter__(self) -> QuantizerProbe:
         self._handle = self.quantizer.register_forward_hook(self._look, with_kwargs=True)
@@ -70,7 +74,7 @@ class QuantizerProbe:
     def _look(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         latents = args[0] if args else kwargs["z"]
         real = output.codes[..., 0] >= 0  # padding carries the code -1
-        codes, latents, vectors = output.codes[real], latents[real].float(), output.vectors[real].float()
+        codes, latents = output.codes[real], latents[real].float()
         if not len(codes):
             return
         self.tokens += len(codes)
@@ -78,13 +82,16 @@ class QuantizerProbe:
             chosen = [group[group >= 0] for group in codes.T]  # a dropped level of a residual quantizer has -1
             self.counts.add(torch.stack([group.bincount(minlength=self.quantizer.codes) for group in chosen]))
         self._latents.add(latents)
+        if GAP in output.metrics:
+            self._gap += float(output.metrics[GAP]) * len(codes)
+            self._gap_tokens += len(codes)
         if not self.shares_space:
             return
         compared = self.quantizer.real_latents(latents, None).double()  # projected, normalised
-        self._compared_sum = self._compared_sum + compared.sum(dim=0)
-        self._squared_norm += float(compared.square().sum())
-        if self.has_error:
-            self._squared_error += float((vectors.double() - compared).square().sum())
+        self._compared.add(compared)
+        of_groups = self.quantizer.vectors_of(codes.clamp(min=0)) * (codes >= 0).unsqueeze(-1)
+        vectors = self.quantizer.join_groups(of_groups)
+        self._squared_error += float((vectors.double() - compared).square().sum())
         if self.has_grid:
             codebook = self.quantizer.codebook()[0]
             self._torn += int(find_torn(compared.float(), codebook, self.quantizer.are_neighbours).sum())
@@ -92,8 +99,9 @@ class QuantizerProbe:
     def compute(self) -> dict[str, float]:
         """Metrics by name; those that mean nothing for this quantizer are left out.
 
-        ``quantization_error`` is the mean squared distance of latents, as they are compared with codes, and vectors
-        over the latents' total variance: 0 is lossless, 1 is what the latents' mean alone would give.
+        ``quantization_error`` is the mean squared distance of a latent, as it is compared with codes, and its code,
+        ``quantization_error_relative`` that over the latents' total variance: 0 is lossless, 1 is what the latents'
+        mean alone would give. The others are those of :func:`pipeline.codebooks.health.measure_watched`.
         """
         if not self.tokens:
             raise ValueError("no real token went through the quantizer: there is nothing to measure")
@@ -105,27 +113,37 @@ class QuantizerProbe:
         if not self.quantizer.codes:
             return metrics
         metrics |= self.counts.compute()
-        if self.has_error:
-            square = float((self._compared_sum / self.tokens).square().sum())
-            variance = self._squared_norm / self.tokens - square
-            if variance > VARIANCE_FLOOR * square:
-                metrics["quantization_error"] = self._squared_error / self.tokens / variance
+        if self.shares_space:
+            metrics["quantization_error"] = self._squared_error / self.tokens
+            if self._varies:
+                metrics["quantization_error_relative"] = metrics["quantization_error"] / self._compared.variance()
+        if self._gap_tokens:
+            metrics[GAP] = self._gap / self._gap_tokens
         if self.quantizer.codes <= METRIC_CODES:
-            metrics |= self._codebook_metrics(math.sqrt(self._squared_norm / self.tokens))
+            metrics |= self._codebook_metrics()
         return metrics
+
+    @property
+    def _varies(self) -> bool:
+        """Whether there are latents to compare with codes that are not all equal."""
+        moments = self._compared
+        return bool(moments.count) and moments.variance() > VARIANCE_FLOOR * moments.mean_square()
 
     def code_counts(self) -> list[list[int]]:
         """How often each code of each group occurred; empty for a quantizer without codes."""
         return self.counts.counts.long().tolist() if self.quantizer.codes else []
 
     @torch.no_grad()
-    def _codebook_metrics(self, latent_rms: float) -> dict[str, float]:
+    def _codebook_metrics(self) -> dict[str, float]:
         codebooks = self.quantizer.codebook().float().cpu()
         used = self.counts.counts > 0
-        groups = range(len(codebooks))
-        dimensions = [codes_dimension(codebooks[group], used[group]) for group in groups]
+        dimensions = [codes_dimension(codebook, of_group) for codebook, of_group in zip(codebooks, used, strict=True)]
         metrics: dict[str, float] = {"code_dimension": sum(dimensions) / len(dimensions)}
+        if self._varies and codebooks.shape[0] * codebooks.shape[2] == self.quantizer.codebook_dim:  # else codes add up
+            fits = [fit_codes(codebook, of_group) for codebook, of_group in zip(codebooks, used, strict=True)]
+            metrics["code_latent_divergence"] = code_latent_divergence(self._compared, fits)
         if len(codebooks) == 1 and self.shares_space:
+            latent_rms = math.sqrt(self._compared.mean_square())
             metrics["token_concentration"] = token_concentration(codebooks[0], used[0], latent_rms)
         if self.has_grid:
             metrics["topographic_error"] = self._torn / self.tokens

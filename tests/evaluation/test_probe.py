@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from pipeline.codebooks import CodebookSync
 from pipeline.evaluation.probe import QuantizerProbe
 from pipeline.quantizers import build_quantizer
 
@@ -35,7 +36,7 @@ def test_metrics_of_a_plain_codebook() -> None:
     assert metrics["dead_codes"] == int((counts == 0).sum())
     nearest = quantizer.codebook()[0][out.codes[..., 0]]
     error = (z - nearest).square().sum(-1).mean() / torch.cov(z.reshape(-1, 4).T, correction=0).trace()
-    assert metrics["quantization_error"] == pytest.approx(float(error), rel=1e-4)
+    assert metrics["quantization_error_relative"] == pytest.approx(float(error), rel=1e-4)
     assert metrics["latent_dimension"] == 4
     assert "topographic_error" not in metrics
 
@@ -114,7 +115,7 @@ def test_latents_of_length_1_are_what_is_measured(kind: str) -> None:
     assert metrics == pytest.approx(expected, rel=1e-4)
     unit = torch.nn.functional.normalize(z, dim=-1)
     error = (out.vectors.detach() - unit).square().sum(-1).mean() / torch.cov(unit.T, correction=0).trace()
-    assert metrics["quantization_error"] == pytest.approx(float(error), rel=1e-4)
+    assert metrics["quantization_error_relative"] == pytest.approx(float(error), rel=1e-4)
 
 
 @pytest.mark.parametrize("kind", ["ksom", "gd_som", "simvq"])
@@ -124,7 +125,9 @@ def test_projected_latents_are_compared_in_the_codes_space(kind: str) -> None:
     with QuantizerProbe(quantizer) as probe:
         quantizer(z)
     metrics = probe.compute()
-    assert "quantization_error" not in metrics
+    compared = quantizer.real_latents(z, None).detach()
+    error = (compared - quantizer.vectors_of(quantizer.encode(z)).squeeze(1)).square().sum(-1).mean()
+    assert metrics["quantization_error"] == pytest.approx(float(error), rel=1e-4)
     assert metrics["latent_dimension"] == 4
     assert metrics["token_concentration"] > 0
     if kind != "simvq":
@@ -132,7 +135,14 @@ def test_projected_latents_are_compared_in_the_codes_space(kind: str) -> None:
         inner.load_state_dict({n: v for n, v in quantizer.state_dict().items() if not n.startswith("project")})
         with QuantizerProbe(inner) as plain:
             inner.eval()(quantizer.project_in(z).detach())
-        for name in ("topographic_error", "grid_correlation", "token_concentration", "codebook_perplexity"):
+        for name in (
+            "quantization_error_relative",
+            "code_latent_divergence",
+            "topographic_error",
+            "grid_correlation",
+            "token_concentration",
+            "codebook_perplexity",
+        ):
             assert metrics[name] == pytest.approx(plain.compute()[name], rel=1e-4)
 
 
@@ -166,7 +176,8 @@ def test_kinds_without_a_table_of_codes_and_of_several_levels(options: dict) -> 
     compared = quantizer.real_latents(z, None)
     error = (quantizer.decode(quantizer.encode(z)) - compared).square().sum(-1).mean()
     variance = torch.cov(compared.T, correction=0).trace()
-    assert metrics["quantization_error"] == pytest.approx(float(error / variance), rel=1e-4)
+    assert metrics["quantization_error"] == pytest.approx(float(error), rel=1e-4)
+    assert metrics["quantization_error_relative"] == pytest.approx(float(error / variance), rel=1e-4)
     assert len(probe.code_counts()) == quantizer.groups
     assert all(sum(counts) == 200 for counts in probe.code_counts())
     assert 1 < metrics["codebook_perplexity"] <= quantizer.codes
@@ -191,3 +202,42 @@ def test_without_a_codebook_only_latents_are_measured() -> None:
         quantizer(latents(40))
     assert probe.compute() == {"tokens": 40, "latent_dimension": 4}
     assert probe.code_counts() == []
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"kind": "ema", "groups": 2},
+        {"kind": "ksom", "grid": [3, 2]},
+        {"kind": "gd_som", "normalise": "l2"},
+        {"kind": "affine", "codebook_dim": 2},
+        {"kind": "knn_simplex", "logits": "distance", "neighbours": 1},
+        {"kind": "gumbel", "groups": 2},
+        {"kind": "lfq", "codes": 16},
+    ],
+    ids=lambda options: options["kind"],
+)
+def test_training_measures_what_evaluation_measures(options: dict) -> None:
+    """Of the same tokens, all of which a watched step looks at."""
+    quantizer = build(**options).train()
+    if options["kind"] == "gumbel":  # its codes are drawn in training
+        quantizer.config = quantizer.config.model_copy(update={"temperature": (1e-6, 1e-6, 1.0)})
+        with torch.no_grad():
+            quantizer.head.weight.mul_(1e6)
+    sync = CodebookSync(quantizer, watch_every=1)
+    z = latents(600)
+    with QuantizerProbe(quantizer) as probe:
+        quantizer(z)
+    evaluated = probe.compute()
+    (trained,) = sync.step().quantizers
+    normalised = "codebook_dim" in options or "normalise" in options  # evaluation tells the encoder's own dimension
+    for name, value in trained.measures.items():
+        if not (name == "latent_dimension" and normalised):
+            assert evaluated[name] == pytest.approx(value, rel=1e-4, abs=1e-6), name
+    assert set(evaluated) - set(trained.measures) == {
+        "tokens",
+        "codebook_usage",
+        "codebook_perplexity",
+        "dead_codes",
+        *(["token_concentration"] if "token_concentration" in evaluated else []),
+    }
