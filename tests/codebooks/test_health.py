@@ -1,4 +1,4 @@
-"""Health of codebooks from counts: usage, perplexity by group, names."""
+"""Health of codebooks: usage and perplexity by group, measures of watched steps, names."""
 
 import math
 
@@ -7,7 +7,9 @@ import torch
 from torch import nn
 
 from pipeline.codebooks import CodebookSync
+from pipeline.codebooks.collapse import SecondMoments, code_latent_divergence, fit_codes
 from pipeline.codebooks.health import CodebookHealth, measure_usage
+from pipeline.codebooks.topology import grid_correlation
 from pipeline.quantizers import build_quantizer
 
 
@@ -63,6 +65,79 @@ def test_a_quantizer_used_twice_is_one_and_a_model_without_any_is_healthy():
     empty = CodebookSync(nn.Linear(2, 2))
     assert empty.step().summary() == {}
     assert empty.checksum() == CodebookSync(nn.Linear(3, 3)).checksum()
+
+
+def test_measures_of_a_map_are_those_of_its_latents_and_codes():
+    torch.manual_seed(0)
+    quantizer = build_quantizer({"kind": "ksom", "dim": 4, "codes": 12, "grid": [4, 3]})
+    codebook = quantizer.codebook()[0].clone()  # before the update
+    sync = CodebookSync(quantizer, watch_every=1)
+    z = torch.randn(500, 4) * torch.tensor([3.0, 1.0, 0.5, 0.01])
+    codes = quantizer(z).codes[:, 0]
+    (health,) = sync.step().quantizers
+    error = float((z - codebook[codes]).square().sum(dim=1).double().mean())
+    variance = float(torch.cov(z.double().T, correction=0).trace())
+    nearest = torch.cdist(z, codebook).argsort(dim=1)
+    torn = ~quantizer.are_neighbours(nearest[:, 0], nearest[:, 1])
+    used, moments = torch.bincount(codes, minlength=12) > 0, SecondMoments()
+    moments.add(z)
+    assert health.measures == pytest.approx(
+        {
+            "latent_dimension": 3,
+            "code_dimension": 4,
+            "quantization_error": error,
+            "quantization_error_relative": error / variance,
+            "code_latent_divergence": code_latent_divergence(moments, [fit_codes(codebook, used)]),
+            "topographic_error": float(torn.double().mean()),
+            "grid_correlation": grid_correlation(codebook, quantizer.grid_distance()),
+        },
+        rel=1e-4,
+    )
+
+
+def test_a_large_map_is_measured_by_some_of_its_codes():
+    """All pairs of 16,384 codes on a grid would take a gigabyte."""
+    quantizer = build_quantizer({"kind": "ksom", "dim": 2, "codes": 16_384, "grid": [128, 128]})
+    places = torch.stack([torch.arange(16_384) % 128, torch.arange(16_384) // 128], dim=1)
+    quantizer.code_vectors.copy_(places)
+    sync = CodebookSync(quantizer, watch_every=1)
+    quantizer(torch.rand(64, 2) * 127)
+    measures = sync.step().quantizers[0].measures
+    assert measures["grid_correlation"] == pytest.approx(1.0)
+    assert measures["topographic_error"] == 0.0
+
+
+def test_several_quantizers_have_their_measures_by_name_and_one_has_not():
+    model = nn.ModuleDict(
+        {
+            "coarse": build_quantizer({"kind": "ema", "dim": 3, "codes": 4}),
+            "passing": build_quantizer({"kind": "identity", "dim": 3}),
+        }
+    )
+    sync = CodebookSync(model, watch_every=1)
+    z = torch.randn(50, 3)
+    for quantizer in model.values():
+        quantizer(z if quantizer.codes else z * torch.tensor([1.0, 0.0, 0.0]))
+    summary = sync.step().summary()
+    assert summary["latent_dimension/coarse"] == 3
+    assert summary["latent_dimension/passing"] == 1
+    assert summary["latent_dimension"] == 2
+    assert summary["quantization_error"] == summary["quantization_error/coarse"]
+    assert not any(name.startswith("codebook_") and name.endswith("passing") for name in summary)
+    alone = CodebookSync(model["passing"], watch_every=1)
+    model["passing"](z)
+    assert alone.step().summary() == {"latent_dimension": 3, "collapse_embeddings": 0.0}
+
+
+def test_a_step_without_tokens_has_no_measures():
+    quantizer = build_quantizer({"kind": "ksom", "dim": 3, "codes": 4})
+    sync = CodebookSync(quantizer, watch_every=1)
+    for mask in (None, torch.zeros(5, dtype=torch.bool)):
+        if mask is not None:
+            quantizer(torch.randn(5, 3), mask)
+        health = sync.step()
+        assert health.quantizers[0].measures == {}
+        assert health.warnings == []
 
 
 def test_the_checksum_sees_every_bit_of_codebook_state():
