@@ -7,7 +7,9 @@ quantizer, alarms, and a flat summary for the log.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -48,11 +50,17 @@ class QuantizerHealth:
     """The collapses that this step shows; of embeddings in watched steps only."""
 
 
-@dataclass(frozen=True)
 class CodebookHealth:
-    """All quantizers of a model over one optimiser step."""
+    """All quantizers of a model over one optimiser step: ``quantizers``, measured when it is first looked at, since
+    most steps' never is."""
 
-    quantizers: list[QuantizerHealth]
+    def __init__(self, measure: Callable[[], list[QuantizerHealth]]) -> None:
+        self._measure = measure
+
+    @cached_property
+    def quantizers(self) -> list[QuantizerHealth]:
+        """Each quantizer's health, by place in the model."""
+        return self._measure()
 
     @property
     def alarms(self) -> list[Alarm]:

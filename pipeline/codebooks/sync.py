@@ -7,6 +7,7 @@ May touch: the codebooks.
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -16,7 +17,7 @@ from torch import Tensor, nn
 
 from pipeline import collectives
 from pipeline.codebooks.engine_parameters import check_precision, write_codes
-from pipeline.codebooks.health import CodebookHealth, measure
+from pipeline.codebooks.health import CodebookHealth, QuantizerHealth, measure
 from pipeline.codebooks.replacement import Replacement
 from pipeline.codebooks.watch import Watch, Watched
 from pipeline.quantizers.base import Quantizer
@@ -76,10 +77,10 @@ class CodebookSync:
         for quantizer in self.quantizers.values():
             check_precision(quantizer)
         reduced, watched = self._reduce_pending()
-        health = {
+        measured = {
             # the first statistic is the usage; a quantizer may have no codes, or leave them to quantizers within
-            name: measure(name or "quantizer", quantizer, next(iter(reduced[name]), None), watched.get(name))
-            for name, quantizer in self.quantizers.items()
+            name: self._measurement(name, next(iter(reduced[name]), None), watched.get(name))
+            for name in self.quantizers
         }
         for name, quantizer in self.quantizers.items():
             moved = quantizer.moved_codes(quantizer.named_statistics(reduced[name]))
@@ -88,10 +89,27 @@ class CodebookSync:
             quantizer.apply_update(reduced[name])
         replaced = self.replacement.step()
         self._choose_watched()
-        found = {name: of_quantizer for name, of_quantizer in health.items() if of_quantizer is not None}
-        return CodebookHealth(
-            [replace(of_quantizer, replaced=replaced.get(name, 0)) for name, of_quantizer in found.items()]
-        )
+
+        def health() -> list[QuantizerHealth]:
+            found = {name: measurement() for name, measurement in measured.items()}
+            return [
+                replace(of_quantizer, replaced=replaced.get(name, 0))
+                for name, of_quantizer in found.items()
+                if of_quantizer is not None
+            ]
+
+        return CodebookHealth(health)
+
+    def _measurement(
+        self, name: str, counts: Tensor | None, watched: Watched | None
+    ) -> Callable[[], QuantizerHealth | None]:
+        """What gives a quantizer's health. A watched one's is measured here, before its codes move; for another's a
+        copy of the counts is enough, and the looking at numbers can wait."""
+        measured = partial(measure, name or "quantizer", self.quantizers[name])
+        if watched is not None:
+            health = measured(counts, watched)
+            return lambda: health
+        return partial(measured, None if counts is None else counts.clone(), None)
 
     def _reduce_pending(self) -> tuple[dict[str, list[Tensor]], dict[str, Watched]]:
         """Every quantizer's pending statistics, and the sums of watched ones, summed over ranks in one all-reduce.

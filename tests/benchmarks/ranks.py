@@ -14,7 +14,7 @@ from typing import Any
 
 from tests.distributed.harness import run_ranks
 
-SYNC_SIZES = [(64, 1024, 200), (64, 8192, 60)]  # dim, codes, repeats
+SYNC_SIZES = [(64, 1024, 400), (64, 8192, 150)]  # dim, codes, repeats
 KNN_SIZES = [(4096, 64, 1024, 30)]  # tokens of a rank, dim, codes, repeats
 QUANTIZERS = 8
 WARM_UP = 3

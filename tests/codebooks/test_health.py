@@ -19,7 +19,7 @@ def test_perplexity_is_the_exponential_of_the_entropy_of_each_group():
     assert health.usages == [0.5, 0.25, 1.0]
     assert health.unused == [2, 3, 0]
     assert health.perplexities == pytest.approx([2.0, 1.0, math.exp(1.75 * math.log(2))])
-    summary = CodebookHealth([health]).summary()
+    summary = CodebookHealth(lambda: [health]).summary()
     assert summary["codebook_usage"] == pytest.approx(1.75 / 3)
     assert summary["codebook_unused"] == 5
     assert set(summary) == {
@@ -33,7 +33,18 @@ def test_perplexity_is_the_exponential_of_the_entropy_of_each_group():
 
 def test_no_token_is_no_perplexity():
     assert measure_usage("none", torch.zeros(1, 5)).perplexities == [0.0]
-    assert CodebookHealth([]).summary() == {}
+    assert CodebookHealth(list).summary() == {}
+
+
+def test_health_is_that_of_its_step_whenever_it_is_looked_at() -> None:
+    quantizer = build_quantizer({"kind": "ema", "dim": 2, "codes": 4})
+    sync = CodebookSync(quantizer)
+    quantizer(torch.randn(7, 2))
+    late = sync.step()
+    quantizer(torch.zeros(3, 2))
+    at_once = sync.step().quantizers[0]
+    assert (late.quantizers[0].tokens, at_once.tokens) == (7, 3)
+    assert late.quantizers is late.quantizers
 
 
 def test_several_quantizers_are_named_and_identity_is_left_out():
