@@ -7,12 +7,14 @@ interruption does only what is missing, and the bytes are those of an uninterrup
 from __future__ import annotations
 
 import json
+import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
+from uuid import uuid4
 
 from data_prep.progress import PreparationProgress, console_progress
 from data_prep.shard import RECORD_FOLDER, Refusal, ShardRecord, finished_record, write_shard
@@ -23,6 +25,7 @@ from pipeline.data.manifest import Manifest, SplitEntry, write_manifest, write_w
 
 QUARANTINE_NAME = "quarantine.jsonl"
 PLAN_NAME = "plan.json"
+WORKSPACE_PREFIX = "writing-"
 DEFAULT_SPLITS = "train=0.9,validation=0.1"
 DEFAULT_SHARD_BYTES = 256 * 1024 * 1024
 IN_FLIGHT_PER_CPU = 2  # enough to keep the workers busy; the rest waits here and not in Ray's queue
@@ -101,7 +104,7 @@ def prepare(
     found = scan(kind, source, leave_out=out)
     tasks = plan_shards(found.files, settings)
     plan = plan_hash(tasks, settings)
-    _claim(out, plan, source)
+    workspace = _claim(out, plan, source)
     classes = sorted({file.label for file in found.files if file.label})
     records: dict[str, ShardRecord] = {}
     for task in tasks:
@@ -115,13 +118,14 @@ def prepare(
         report = progress or stack.enter_context(console_progress(kind))
         if missing:
             places = {label: place for place, label in enumerate(classes)}
-            for task, record in _write_with_ray(out, missing, settings, places, plan, workers, ray_address):
+            for task, record in _write_with_ray(out, workspace, missing, settings, places, plan, workers, ray_address):
                 records[task.stem] = record
                 _check_refusals(record, on_bad)
                 report(_progress(kind, tasks, records, reused, time.monotonic() - began))
         else:
             report(_progress(kind, tasks, records, reused, time.monotonic() - began))
     manifest, refused = _finish(out, tasks, records, settings, classes)
+    shutil.rmtree(workspace, ignore_errors=True)
     return PreparationSummary(
         kind=kind,
         out=out,
@@ -165,8 +169,10 @@ def _settings(
     return Settings(kind, shard_bytes, tuple(shares.items()), split_by, seed, image_size)
 
 
-def _claim(out: Path, plan: str, source: Path) -> None:
-    """Make ``out`` this preparation's folder; refuse one that holds another's, or files that are not ours."""
+def _claim(out: Path, plan: str, source: Path) -> Path:
+    """Make ``out`` this preparation's folder and return its new workspace; refuse one that holds another's, or files
+    that are not ours.
+    """
     claim = out / RECORD_FOLDER / PLAN_NAME
     if out.exists() and not out.is_dir():
         raise PreparationError(f"{out} is a file: give a folder for the data set")
@@ -182,10 +188,16 @@ def _claim(out: Path, plan: str, source: Path) -> None:
         )
     for leftover in (*out.glob("*.tmp-*"), *out.glob("*/*.tmp-*"), *out.glob(f"{RECORD_FOLDER}/*/*.tmp-*")):
         leftover.unlink(missing_ok=True)
+    for folder in out.glob(f"{RECORD_FOLDER}/{WORKSPACE_PREFIX}*"):
+        shutil.rmtree(folder, ignore_errors=True)
+    workspace = claim.with_name(f"{WORKSPACE_PREFIX}{uuid4().hex}")
+    workspace.mkdir()
+    return workspace
 
 
 def _write_with_ray(
     out: Path,
+    workspace: Path,
     tasks: list[ShardTask],
     settings: Settings,
     classes: dict[str, int],
@@ -207,7 +219,7 @@ def _write_with_ray(
         try:
             while True:
                 for task in waiting:
-                    running[remote.remote(out.resolve(), task, settings, classes, plan)] = task
+                    running[remote.remote(out.resolve(), workspace.resolve(), task, settings, classes, plan)] = task
                     if len(running) >= at_once:
                         break
                 if not running:

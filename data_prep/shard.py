@@ -11,9 +11,12 @@ import hashlib
 import io
 import json
 import os
+import shutil
 import tarfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import IO
+from uuid import uuid4
 
 import numpy as np
 from pydantic import BaseModel, ConfigDict, ValidationError
@@ -92,20 +95,48 @@ def finished_record(out: Path, task: ShardTask, plan: str) -> ShardRecord | None
     return record
 
 
-def write_shard(out: Path, task: ShardTask, settings: Settings, classes: dict[str, int], plan: str) -> ShardRecord:
+def write_shard(
+    out: Path,
+    workspace: Path,
+    task: ShardTask,
+    settings: Settings,
+    classes: dict[str, int],
+    plan: str,
+    report: Callable[[int], None] = lambda place: None,
+) -> ShardRecord:
     """Check the files of ``task`` and write its shard; files that are refused shift nothing but what stands behind
     them.
+
+    Everything is written in a folder of its own below ``workspace``, which must exist on ``out``'s file system, and
+    renamed from there: once a later preparation has removed the workspace, a worker that outlived its driver can
+    publish nothing more. ``report(place)`` is called before each file of the task, and at the end with their number.
     """
-    tar_path, index_path = out / f"{task.stem}.tar", out / f"{task.stem}.idx"
-    tar_path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = tar_path.with_name(f"{tar_path.name}.tmp-{os.getpid()}")
+    room = workspace / uuid4().hex
+    room.mkdir()
+    try:
+        return _write_in(room, out, task, settings, classes, plan, report)
+    finally:
+        shutil.rmtree(room, ignore_errors=True)
+
+
+def _write_in(
+    room: Path,
+    out: Path,
+    task: ShardTask,
+    settings: Settings,
+    classes: dict[str, int],
+    plan: str,
+    report: Callable[[int], None],
+) -> ShardRecord:
+    tar, index_file, record_file = room / "tar", room / "idx", room / "json"
     records: list[tuple[int, ...]] = []
     keys: list[str] = []
     refused: list[Refusal] = []
-    with temporary.open("wb") as file:
+    with tar.open("xb") as file:
         hashing = _HashingFile(file)
         with tarfile.open(fileobj=hashing, mode="w", format=tarfile.USTAR_FORMAT) as archive:
-            for source in task.files:
+            for place, source in enumerate(task.files):
+                report(place)
                 try:
                     sample = check_file(settings.kind, source.read(), settings.image_size)
                 except Refused as error:
@@ -138,16 +169,21 @@ def write_shard(out: Path, task: ShardTask, settings: Settings, classes: dict[st
             pixels=length if settings.kind == "image" else 0,
         )
         index_bytes = len(index)
-        write_whole(index_path, index)
-        temporary.replace(tar_path)
-        fsync_folder(tar_path.parent)
-    else:
-        temporary.unlink()
+        write_whole(index_file, index)
+        _publish(index_file, out / entry.index_file)
+        _publish(tar, out / entry.file)
     record = ShardRecord(plan=plan, entry=entry, index_bytes=index_bytes, refused=refused)
-    path = record_path(out, task)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_whole(path, record.model_dump_json().encode())
+    write_whole(record_file, record.model_dump_json().encode())
+    _publish(record_file, record_path(out, task))  # the last: with it the shard counts as done
+    report(len(task.files))
     return record
+
+
+def _publish(finished: Path, target: Path) -> None:
+    """Move a whole, synced file to its place, durably."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    finished.replace(target)
+    fsync_folder(target.parent)
 
 
 def describe(source: SourceFile, sample: CheckedSample) -> bytes:

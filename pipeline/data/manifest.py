@@ -12,6 +12,7 @@ import json
 import os
 from pathlib import Path
 from typing import Literal
+from uuid import uuid4
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
@@ -150,13 +151,18 @@ def write_manifest(folder: str | Path, manifest: Manifest) -> Path:
 
 
 def write_whole(path: Path, content: bytes) -> None:
-    """Write a small file beside, fsync it, and rename it into place."""
-    temporary = path.with_name(f"{path.name}.tmp-{os.getpid()}")
-    with temporary.open("wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
+    """Write a small file beside, fsync it, and rename it into place; after an error nothing of it stays."""
+    # Hosts that share a file system share process numbers too, so those would not tell two writers apart.
+    temporary = path.with_name(f"{path.name}.tmp-{uuid4().hex}")
+    try:
+        with temporary.open("xb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
     fsync_folder(path.parent)
 
 

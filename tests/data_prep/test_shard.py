@@ -1,0 +1,103 @@
+"""One shard, written without Ray: whole or not at all, and by nobody whose preparation is over."""
+
+from __future__ import annotations
+
+import errno
+import resource
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from data_prep.shard import ShardRecord, finished_record, record_path, write_shard
+from data_prep.shard_plan import Settings, ShardTask, plan_shards
+from data_prep.source import scan
+
+SETTINGS = Settings("speech", 1_000_000_000, (("train", 1.0),), "file", 0, None)
+
+
+@pytest.fixture
+def task(speech_source: Path) -> ShardTask:
+    found = scan("speech", speech_source / "carlo-it", leave_out=Path("/nowhere"))
+    (task,) = plan_shards(found.files, SETTINGS)
+    return task
+
+
+def write(out: Path, task: ShardTask, workspace: Path) -> ShardRecord:
+    return write_shard(out, workspace, task, SETTINGS, {}, "plan")
+
+
+def files(folder: Path) -> list[str]:
+    return sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
+
+
+@contextmanager
+def no_file_larger_than(size: int) -> Iterator[None]:
+    """What the kernel then refuses to write is a real failure of the disk, with an errno."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+def test_a_shard_leaves_tar_index_and_record_and_nothing_else(task: ShardTask, tmp_path: Path) -> None:
+    out, workspace = tmp_path / "out", tmp_path / "workspace"
+    workspace.mkdir()
+    places: list[int] = []
+    record = write_shard(out, workspace, task, SETTINGS, {}, "plan", places.append)
+    assert files(out) == [".prepare/train/shard-000000.json", "train/shard-000000.idx", "train/shard-000000.tar"]
+    assert files(workspace) == []
+    assert finished_record(out, task, "plan") == record
+    assert finished_record(out, task, "another plan") is None
+    assert places == list(range(len(task.files) + 1))
+
+
+def test_a_disk_that_takes_no_more_leaves_nothing(task: ShardTask, tmp_path: Path) -> None:
+    out, workspace = tmp_path / "out", tmp_path / "workspace"
+    workspace.mkdir()
+    with no_file_larger_than(100_000), pytest.raises(OSError, match=r"File too large") as failure:
+        write(out, task, workspace)
+    assert failure.value.errno == errno.EFBIG
+    assert list(workspace.iterdir()) == []
+    assert files(out) == []
+    assert write(out, task, workspace).entry is not None
+
+
+def test_who_has_lost_the_workspace_publishes_nothing(task: ShardTask, tmp_path: Path) -> None:
+    """A worker that outlives its driver, while the next preparation clears up: before, between and at the end."""
+    out, workspace = tmp_path / "out", tmp_path / "workspace"
+    with pytest.raises(FileNotFoundError):
+        write(out, task, workspace)
+    for lost_at in (0, len(task.files) // 2, len(task.files) - 1):
+        workspace.mkdir()
+
+        def clear(place: int, lost_at: int = lost_at) -> None:
+            if place == lost_at:
+                shutil.rmtree(workspace)
+
+        with pytest.raises(FileNotFoundError):
+            write_shard(out, workspace, task, SETTINGS, {}, "plan", clear)
+        assert files(out) == []
+        assert not workspace.exists()
+
+
+def test_two_writers_of_one_shard_agree(task: ShardTask, tmp_path: Path) -> None:
+    """A worker that was given up for dead and its successor: both publish, the bytes are equal."""
+    out, workspace = tmp_path / "out", tmp_path / "workspace"
+    workspace.mkdir()
+    inner: list[ShardRecord] = []
+
+    def second(place: int) -> None:
+        if place == 1:
+            inner.append(write(out, task, workspace))
+            before.update({name: (out / name).read_bytes() for name in files(out)})
+
+    before: dict[str, bytes] = {}
+    outer = write_shard(out, workspace, task, SETTINGS, {}, "plan", second)
+    assert [outer] == inner
+    assert {name: (out / name).read_bytes() for name in files(out)} == before
+    assert record_path(out, task).is_file()
