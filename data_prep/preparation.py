@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import shutil
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field
@@ -21,6 +22,7 @@ from data_prep.shard import RECORD_FOLDER, Refusal, ShardRecord, finished_record
 from data_prep.shard_plan import Settings, ShardTask, check_splits, parse_splits, plan_hash, plan_shards
 from data_prep.source import scan
 from pipeline.data.config import SAMPLE_RATE
+from pipeline.data.lengths import LENGTHS_NAME, stack_histograms, write_lengths
 from pipeline.data.manifest import Manifest, SplitEntry, write_manifest, write_whole
 
 QUARANTINE_NAME = "quarantine.jsonl"
@@ -273,8 +275,7 @@ def _finish(
     write_whole(out / QUARANTINE_NAME, "".join(lines).encode())
     splits = {}
     for name, _ in settings.splits:
-        entries = [records[task.stem].entry for task in tasks if task.split == name]
-        splits[name] = SplitEntry.of([entry for entry in entries if entry is not None])
+        splits[name] = _split_entry(out, name, [records[task.stem] for task in tasks if task.split == name])
     manifest = Manifest(
         kind=settings.kind,
         sample_rate=SAMPLE_RATE if settings.kind == "speech" else None,
@@ -291,3 +292,22 @@ def _finish(
         )
     write_manifest(out, manifest)
     return manifest, refused
+
+
+def _split_entry(out: Path, name: str, records: list[ShardRecord]) -> SplitEntry:
+    """The split of these shards' records, its length histograms written."""
+    entries = [record.entry for record in records if record.entry is not None]
+    labels: Counter[str] = Counter()
+    for record in records:
+        labels.update(record.labels)
+    histograms = [record.lengths for record in records if record.entry is not None and record.lengths]
+    if not histograms:
+        return SplitEntry.of(entries, labels=dict(sorted(labels.items())))
+    file, table = f"{name}/{LENGTHS_NAME}", stack_histograms(histograms)
+    return SplitEntry.of(
+        entries,
+        labels=dict(sorted(labels.items())),
+        lengths=table.sum(axis=0, dtype=int).tolist(),
+        lengths_file=file,
+        lengths_sha256=write_lengths(out / file, table),
+    )

@@ -13,6 +13,7 @@ import json
 import os
 import shutil
 import tarfile
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import IO
@@ -26,6 +27,7 @@ from data_prep.shard_plan import Settings, ShardTask
 from data_prep.source import SourceFile
 from pipeline.data.config import SAMPLE_RATE
 from pipeline.data.index import RECORD, ShardIndex
+from pipeline.data.lengths import length_histogram
 from pipeline.data.manifest import ShardEntry, fsync_folder, write_whole
 
 RECORD_FOLDER = ".prepare"
@@ -51,6 +53,8 @@ class ShardRecord(BaseModel):
     entry: ShardEntry | None  # None if all its files were refused: then there is no tar
     index_bytes: int
     refused: list[Refusal]
+    lengths: list[int]  # speech: clips by length, see pipeline.data.lengths
+    labels: dict[str, int]  # samples of each class
 
 
 class _HashingFile(io.RawIOBase):
@@ -132,6 +136,7 @@ def _write_in(
     records: list[tuple[int, ...]] = []
     keys: list[str] = []
     refused: list[Refusal] = []
+    labels: Counter[str] = Counter()
     with tar.open("xb") as file:
         hashing = _HashingFile(file)
         with tarfile.open(fileobj=hashing, mode="w", format=tarfile.USTAR_FORMAT) as archive:
@@ -153,12 +158,15 @@ def _write_in(
                 sizes = (offset, len(sample.content), json_offset, len(metadata))
                 records.append((*sizes, sample.length, sample.width, sample.height, label))
                 keys.append(source.key)
+                if source.label:
+                    labels[source.label] += 1
         file.flush()
         os.fsync(file.fileno())
     entry, index_bytes = None, 0
+    lengths = [record[4] for record in records]
     if keys:
         index = ShardIndex(np.array(records, dtype=RECORD), keys).to_bytes()
-        length = sum(record[4] for record in records)
+        length = sum(lengths)
         entry = ShardEntry(
             file=f"{task.stem}.tar",
             sha256=hashing.digest.hexdigest(),
@@ -172,7 +180,14 @@ def _write_in(
         write_whole(index_file, index)
         _publish(index_file, out / entry.index_file)
         _publish(tar, out / entry.file)
-    record = ShardRecord(plan=plan, entry=entry, index_bytes=index_bytes, refused=refused)
+    record = ShardRecord(
+        plan=plan,
+        entry=entry,
+        index_bytes=index_bytes,
+        refused=refused,
+        lengths=length_histogram(np.array(lengths)).tolist() if settings.kind == "speech" else [],
+        labels=dict(sorted(labels.items())),
+    )
     write_whole(record_file, record.model_dump_json().encode())
     _publish(record_file, record_path(out, task))  # the last: with it the shard counts as done
     report(len(task.files))

@@ -8,13 +8,18 @@ from __future__ import annotations
 
 import hashlib
 import tarfile
+from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
 
 from pipeline.data.index import ShardError, ShardIndex, read_index
-from pipeline.data.manifest import MANIFEST_NAME, ManifestError, ShardEntry, SplitEntry, read_manifest
+from pipeline.data.lengths import LENGTHS_NAME, length_histogram, read_lengths
+from pipeline.data.manifest import MANIFEST_NAME, Manifest, ManifestError, ShardEntry, SplitEntry, read_manifest
 
 _BLOCK = 1 << 20
 
@@ -42,36 +47,82 @@ def verify(
     except ManifestError as error:
         return [Problem(MANIFEST_NAME, str(error))]
     problems: list[Problem] = []
-    for name, split in manifest.splits.items():
-        if split != SplitEntry.of(split.shards):
-            problems.append(Problem(MANIFEST_NAME, f"the totals of split {name} are not the sums of its shards"))
     shards = manifest.shards()
+    counts: list[ShardCounts | None] = []
     with ThreadPoolExecutor(threads) as pool:
-        for done, found in enumerate(pool.map(lambda shard: _check_shard(folder, shard), shards), start=1):
+        for done, (found, counted) in enumerate(pool.map(lambda shard: _check_shard(folder, shard), shards), start=1):
             problems += found
+            counts.append(counted)
             if progress is not None:
                 progress(done, len(shards))
     known = {name for shard in shards for name in (shard.file, shard.index_file)}
-    for split_name in manifest.splits:
-        for path in sorted((folder / split_name).glob("*")):
+    first = 0
+    for name, split in manifest.splits.items():
+        of_split = counts[first : first + len(split.shards)]
+        first += len(split.shards)
+        problems += _check_split(folder, manifest, name, of_split)
+        known.add(split.lengths_file or "")
+        for path in sorted((folder / name).glob("*")):
             place = path.relative_to(folder).as_posix()
             if place not in known:
                 problems.append(Problem(place, "is not in the manifest"))
     return problems
 
 
-def _check_shard(folder: Path, shard: ShardEntry) -> list[Problem]:
-    problems = [
-        *_check_bytes(folder, shard.file, shard.sha256, shard.bytes),
-        *_check_bytes(folder, shard.index_file, shard.index_sha256, None),
-    ]
-    if (folder / shard.file).is_file():
-        try:
-            index = read_index(folder / shard.index_file)
-        except ShardError as error:
-            return problems or [Problem(shard.index_file, str(error))]
-        problems += _check_members(folder, shard, index)
+class ShardCounts(NamedTuple):
+    """What a shard's index counts, for the split's sums."""
+
+    lengths: np.ndarray  # clips by bin
+    labels: Counter[int]  # samples by place in the manifest's classes
+
+
+def _check_split(folder: Path, manifest: Manifest, name: str, counts: list[ShardCounts | None]) -> list[Problem]:
+    """Compare a split's sums with its shards, and its length histograms with the indexes that could be read."""
+    split = manifest.splits[name]
+    problems = []
+    sums = SplitEntry.of(split.shards)
+    if any(getattr(split, total) != getattr(sums, total) for total in ("samples", "bytes", "seconds", "pixels")):
+        problems.append(Problem(MANIFEST_NAME, f"the totals of split {name} are not the sums of its shards"))
+    whole = all(each is not None for each in counts)  # or the broken shard is told of, and no sum can be right
+    labels: Counter[int] = Counter()
+    for each in counts:
+        labels.update(each.labels if each is not None else ())
+    names = dict(enumerate(manifest.classes))
+    named = {names.get(label, f"class {label}"): samples for label, samples in labels.items() if label >= 0}
+    if whole and named != split.labels:
+        problems.append(Problem(MANIFEST_NAME, f"the labels of split {name} are not counted as in its indexes"))
+    if manifest.kind != "speech" or not split.shards:
+        return problems
+    lengths_file = split.lengths_file or f"{name}/{LENGTHS_NAME}"
+    found = _check_bytes(folder, lengths_file, split.lengths_sha256 or "", None)
+    if found:
+        return problems + found
+    try:
+        table = read_lengths(folder, split)
+    except ManifestError as error:
+        return [*problems, Problem(lengths_file, str(error))]
+    if table.sum(axis=0, dtype=int).tolist() != split.lengths:
+        problems.append(Problem(MANIFEST_NAME, f"the lengths of split {name} are not the sums of {lengths_file}"))
+    for shard, row, each in zip(split.shards, table, counts, strict=True):
+        if each is not None and np.trim_zeros(row, "b").tolist() != each.lengths.tolist():
+            problems.append(Problem(lengths_file, f"counts the clips of {shard.file} by other lengths than its index"))
     return problems
+
+
+def _check_shard(folder: Path, shard: ShardEntry) -> tuple[list[Problem], ShardCounts | None]:
+    """The shard's problems, and its counts if its index could be read."""
+    problems = _check_bytes(folder, shard.file, shard.sha256, shard.bytes)
+    index_problems = _check_bytes(folder, shard.index_file, shard.index_sha256, None)
+    problems += index_problems
+    try:
+        index = read_index(folder / shard.index_file)
+    except ShardError as error:
+        return problems or [Problem(shard.index_file, str(error))], None
+    if (folder / shard.file).is_file():
+        problems += _check_members(folder, shard, index)
+    lengths, labels = index.records["length"], index.records["label"]
+    counts = ShardCounts(length_histogram(lengths), Counter(labels.tolist()))
+    return problems, None if index_problems else counts
 
 
 def _check_bytes(folder: Path, name: str, sha256: str, size: int | None) -> list[Problem]:

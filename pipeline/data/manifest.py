@@ -17,7 +17,7 @@ from uuid import uuid4
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 MANIFEST_NAME = "manifest.json"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2  # 2: length histograms and label counts
 PREPARE_NOUN = {"speech": "speech", "image": "images"}  # what `tessera prepare` calls a kind
 
 
@@ -53,16 +53,32 @@ class SplitEntry(BaseModel):
     bytes: int
     seconds: float = 0.0
     pixels: int = 0
+    labels: dict[str, int] = Field(default_factory=dict, description="samples of each class; unlabelled ones in none")
+    lengths: list[int] = Field(default_factory=list, description="speech: clips by length, see pipeline.data.lengths")
+    lengths_file: str | None = Field(None, description="speech: the same by shard, relative to the data set folder")
+    lengths_sha256: str | None = Field(None, pattern=r"^[0-9a-f]{64}$", description="of lengths_file")
     shards: list[ShardEntry]
 
     @classmethod
-    def of(cls, shards: list[ShardEntry]) -> SplitEntry:
-        """The split that these shards make."""
+    def of(
+        cls,
+        shards: list[ShardEntry],
+        *,
+        labels: dict[str, int] | None = None,
+        lengths: list[int] | None = None,
+        lengths_file: str | None = None,
+        lengths_sha256: str | None = None,
+    ) -> SplitEntry:
+        """The split that these shards make, with their sums."""
         return cls(
             samples=sum(shard.samples for shard in shards),
             bytes=sum(shard.bytes for shard in shards),
             seconds=round(sum(shard.seconds for shard in shards), 6),
             pixels=sum(shard.pixels for shard in shards),
+            labels=labels or {},
+            lengths=lengths or [],
+            lengths_file=lengths_file,
+            lengths_sha256=lengths_sha256,
             shards=shards,
         )
 
@@ -105,9 +121,14 @@ class Manifest(BaseModel):
         """Canonical JSON text: equal manifests are equal bytes."""
         return json.dumps(self.model_dump(mode="json"), indent=1, sort_keys=True, ensure_ascii=False) + "\n"
 
-    def fingerprint(self, split: str) -> str:
-        """16 hexadecimal digits that name this content and this split."""
-        return hashlib.sha256(f"{self.to_json()}{split}".encode()).hexdigest()[:16]
+    def fingerprint(self, split: str | None = None) -> str:
+        """16 hexadecimal digits that name the content of ``split``, or of all: what a reader gets, by its hashes."""
+        digest = hashlib.sha256(f"{self.kind} {self.sample_rate} {self.image_size} {self.classes}\n".encode())
+        for name in sorted(self.splits) if split is None else [split]:
+            digest.update(f"{name}\n".encode())
+            for shard in self.splits[name].shards:
+                digest.update(f"{shard.samples} {shard.sha256} {shard.index_sha256}\n".encode())
+        return digest.hexdigest()[:16]
 
 
 def read_manifest(folder: str | Path) -> Manifest:
@@ -133,7 +154,7 @@ def read_manifest(folder: str | Path) -> Manifest:
     if version != FORMAT_VERSION:
         raise ManifestError(
             f"{path} has format version {version!r}, this Tessera reads version {FORMAT_VERSION}: "
-            "use the Tessera that wrote it, or prepare the data set again into another folder"
+            "prepare the data set again, or use the Tessera that wrote it"
         )
     try:
         return Manifest.model_validate(values)

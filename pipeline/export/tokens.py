@@ -105,7 +105,7 @@ def tokenize(run: str | Path, dataset: str | Path, out: str | Path) -> TokenSumm
         **_layout(recipe),
         "run": recipe.name,
         "checkpoint": checkpoint.name,
-        "source": manifest.fingerprint(""),
+        "source": manifest.fingerprint(),
         "splits": splits,
     }
     write_whole(out / MANIFEST_NAME, (json.dumps(values, indent=1) + "\n").encode())

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from data_prep import verify
 from pipeline.data import Manifest
 from pipeline.data.index import ShardIndex, read_index
-from pipeline.data.manifest import SplitEntry, write_manifest
+from pipeline.data.manifest import write_manifest
 
 
 def test_a_sound_data_set_has_no_problems(speech_dataset: Path, image_dataset: Path) -> None:
@@ -51,7 +53,7 @@ def swap_indexes(folder: Path) -> None:
 
 def other_version(folder: Path) -> None:
     values = json.loads((folder / "manifest.json").read_text())
-    (folder / "manifest.json").write_text(json.dumps(values | {"version": 2}))
+    (folder / "manifest.json").write_text(json.dumps(values | {"version": 9}))
 
 
 def stray_shard(folder: Path) -> None:
@@ -61,6 +63,12 @@ def stray_shard(folder: Path) -> None:
 def wrong_totals(folder: Path) -> None:
     values = json.loads((folder / "manifest.json").read_text())
     values["splits"]["train"]["samples"] += 1
+    (folder / "manifest.json").write_text(json.dumps(values))
+
+
+def wrong_labels(folder: Path) -> None:
+    values = json.loads((folder / "manifest.json").read_text())
+    values["splits"]["train"]["labels"]["bridge"] += 1
     (folder / "manifest.json").write_text(json.dumps(values))
 
 
@@ -76,9 +84,10 @@ def remove_manifest(folder: Path) -> None:
         (remove_shard, "train/shard-000001.tar", "is missing"),
         (remove_index, "train/shard-000001.idx", "is missing"),
         (swap_indexes, "train/shard-000002.idx", "SHA-256"),
-        (other_version, "manifest.json", "format version 2"),
+        (other_version, "manifest.json", "format version 9"),
         (stray_shard, "train/shard-000099.tar", "not in the manifest"),
         (wrong_totals, "manifest.json", "totals of split train"),
+        (wrong_labels, "manifest.json", "labels of split train"),
         (remove_manifest, "manifest.json", "holds no manifest.json"),
     ],
 )
@@ -94,10 +103,33 @@ def test_damage_is_found_and_named(
     assert not any(problem.file.startswith(untouched) for problem in problems)
 
 
+def test_damaged_length_histograms_are_found(speech_dataset: Path, tmp_path: Path) -> None:
+    copy = tmp_path / "copy"
+    shutil.copytree(speech_dataset, copy)
+    path = copy / "train" / "lengths.npy"
+    table = np.load(path)
+    table[2, [20, 21]] = table[2, [21, 20]] + 1
+    np.save(path, table)
+    (problem,) = verify(copy)
+    assert problem.file == "train/lengths.npy"
+    assert "SHA-256" in problem.what
+
+    # Not damage but a wrong writer: the hash is right.
+    manifest = Manifest.model_validate_json((copy / "manifest.json").read_bytes())
+    sha256 = hashlib.sha256(path.read_bytes()).hexdigest()
+    split = manifest.splits["train"].model_copy(update={"lengths_sha256": sha256})
+    write_manifest(copy, manifest.model_copy(update={"splits": manifest.splits | {"train": split}}))
+    problems = [str(problem) for problem in verify(copy)]
+    assert problems == [
+        "manifest.json: the lengths of split train are not the sums of train/lengths.npy",
+        "train/lengths.npy: counts the clips of train/shard-000002.tar by other lengths than its index",
+    ]
+    path.unlink()
+    assert [str(problem) for problem in verify(copy)] == ["train/lengths.npy: is missing"]
+
+
 def test_an_index_that_lies_is_found_though_its_hash_is_right(image_dataset: Path, tmp_path: Path) -> None:
     """Not damage but a wrong writer: manifest and index agree, the tar's own headers do not."""
-    import hashlib
-
     copy = tmp_path / "copy"
     shutil.copytree(image_dataset, copy)
     manifest = Manifest.model_validate_json((copy / "manifest.json").read_bytes())
@@ -108,7 +140,8 @@ def test_an_index_that_lies_is_found_though_its_hash_is_right(image_dataset: Pat
     content = ShardIndex(records, index.keys).to_bytes()
     (copy / shards[0].index_file).write_bytes(content)
     shards[0] = shards[0].model_copy(update={"index_sha256": hashlib.sha256(content).hexdigest()})
-    splits = manifest.splits | {"train": SplitEntry.of(shards)}
+    train = manifest.splits["train"].model_copy(update={"shards": shards})
+    splits = manifest.splits | {"train": train}
     write_manifest(copy, manifest.model_copy(update={"splits": splits}))
     (problem,) = verify(copy)
     assert problem.file == shards[0].index_file

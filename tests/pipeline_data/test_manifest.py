@@ -13,7 +13,10 @@ from pipeline.data.manifest import ShardEntry, SplitEntry, write_manifest
 SHARD = ShardEntry(
     file="train/shard-000000.tar", sha256="a" * 64, bytes=10_240, index_sha256="b" * 64, samples=3, seconds=4.5
 )
-MANIFEST = Manifest(kind="speech", sample_rate=16_000, classes=["ann"], splits={"train": SplitEntry.of([SHARD])})
+SPLIT = SplitEntry.of(
+    [SHARD], labels={"ann": 2}, lengths=[0] * 10 + [1, 2], lengths_file="train/lengths.npy", lengths_sha256="d" * 64
+)
+MANIFEST = Manifest(kind="speech", sample_rate=16_000, classes=["ann"], splits={"train": SPLIT})
 
 
 def test_what_is_written_is_read(tmp_path: Path) -> None:
@@ -27,8 +30,11 @@ def test_what_is_written_is_read(tmp_path: Path) -> None:
 def test_fingerprint_names_content_and_split() -> None:
     again = Manifest.model_validate(MANIFEST.model_dump())
     assert again.fingerprint("train") == MANIFEST.fingerprint("train")
-    assert MANIFEST.fingerprint("validation") != MANIFEST.fingerprint("train")
     other = SHARD.model_copy(update={"sha256": "c" * 64})
+    two = MANIFEST.model_copy(update={"splits": {"train": SPLIT, "validation": SplitEntry.of([other])}})
+    assert two.fingerprint("validation") != two.fingerprint("train")
+    assert two.fingerprint() not in (two.fingerprint("validation"), two.fingerprint("train"))
+    assert two.fingerprint("train") == MANIFEST.fingerprint("train"), "another split is another thing"
     changed = MANIFEST.model_copy(update={"splits": {"train": SplitEntry.of([other])}})
     assert changed.fingerprint("train") != MANIFEST.fingerprint("train")
 
@@ -47,13 +53,15 @@ def test_a_folder_without_manifest_says_what_to_do(tmp_path: Path) -> None:
 def test_an_unknown_version_is_refused(tmp_path: Path) -> None:
     values = MANIFEST.model_dump(mode="json") | {"version": 9, "a field of the future": 1}
     (tmp_path / "manifest.json").write_text(json.dumps(values))
-    with pytest.raises(ManifestError, match="format version 9, this Tessera reads version 1"):
+    with pytest.raises(
+        ManifestError, match="format version 9, this Tessera reads version 2: prepare the data set again"
+    ):
         read_manifest(tmp_path)
 
 
 @pytest.mark.parametrize(
     ("content", "says"),
-    [("{", "is not JSON"), ("[]", "format version None"), ('{"version": 1, "kind": "smell", "splits": {}}', "kind")],
+    [("{", "is not JSON"), ("[]", "format version None"), ('{"version": 2, "kind": "smell", "splits": {}}', "kind")],
 )
 def test_damaged_manifests_are_refused(tmp_path: Path, content: str, says: str) -> None:
     (tmp_path / "manifest.json").write_text(content)
