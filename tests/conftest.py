@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -32,7 +34,46 @@ def image_source() -> Path:
 
 
 @pytest.fixture(scope="session")
-def ray_cluster() -> Iterator[dict[str, float]]:
+def aws_config(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The file in which this process and Ray's workers look for the S3 server; empty until `s3` starts one."""
+    for name in [name for name in os.environ if name.startswith("AWS_")]:
+        del os.environ[name]
+    path = tmp_path_factory.mktemp("aws") / "config"
+    path.touch()
+    os.environ["AWS_CONFIG_FILE"] = str(path)
+    return path
+
+
+@pytest.fixture(scope="session")
+def s3(aws_config: Path) -> Iterator[str]:
+    """``s3://tessera``, an empty bucket of an S3 server on this machine."""
+    import boto3
+
+    process, endpoint = start_s3_server()
+    try:
+        keys = "aws_access_key_id = test\naws_secret_access_key = test\nregion = us-east-1\n"
+        aws_config.write_text(f"[default]\n{keys}endpoint_url = {endpoint}\n")
+        boto3.client("s3").create_bucket(Bucket="tessera")
+        yield "s3://tessera"
+    finally:
+        process.kill()
+        process.wait()
+
+
+def start_s3_server() -> tuple[subprocess.Popen[str], str]:
+    """An S3 server on a free port of this machine, in a process of its own; and its address."""
+    command = [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", "0"]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    assert process.stderr is not None
+    for line in process.stderr:
+        if match := re.search(r"http://127\.0\.0\.1:\d+", line):
+            threading.Thread(target=process.stderr.read, daemon=True).start()  # or the server would block on its log
+            return process, match[0]
+    raise RuntimeError(f"the S3 server ended with {process.wait()}")
+
+
+@pytest.fixture(scope="session")
+def ray_cluster(aws_config: Path) -> Iterator[dict[str, float]]:
     """A Ray on this machine, started once; preparation and tokenisation join it instead of starting their own."""
     from pipeline.ray_session import ray_session
 
