@@ -9,12 +9,14 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from pathlib import Path
 from typing import Literal
-from uuid import uuid4
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from pipeline.data.storage import fsync_folder as fsync_folder
+from pipeline.data.storage import is_remote, open_folder
+from pipeline.data.storage import write_whole as write_whole
 
 MANIFEST_NAME = "manifest.json"
 FORMAT_VERSION = 2  # 2: length histograms and label counts
@@ -132,22 +134,22 @@ class Manifest(BaseModel):
 
 
 def read_manifest(folder: str | Path) -> Manifest:
-    """Read ``folder/manifest.json``.
+    """Read ``folder/manifest.json``; the folder may be a URL.
 
     Raises :class:`ManifestError` if the folder or the manifest is missing, is not ours, or has a version this code
-    can't read.
+    can't read, and :class:`StoreError` if a remote store does not answer.
     """
-    folder = Path(folder)
-    path = folder / MANIFEST_NAME
+    store = open_folder(folder)
+    path = store.url(MANIFEST_NAME)
     remedy = f"prepare it with `tessera prepare speech SOURCE {folder}` or `tessera prepare images SOURCE {folder}`"
-    if not folder.is_dir():
+    if not is_remote(folder) and not Path(folder).is_dir():
         raise ManifestError(f"data set folder {folder} does not exist: {remedy}")
-    if not path.is_file():
+    try:
+        values = json.loads(store.read(MANIFEST_NAME))
+    except FileNotFoundError:
         raise ManifestError(
             f"{folder} holds no {MANIFEST_NAME} (not a data set, or its preparation was interrupted): {remedy}"
-        )
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
+        ) from None
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise ManifestError(f"{path} is not JSON ({error}): {remedy}") from error
     version = values.get("version") if isinstance(values, dict) else None
@@ -164,33 +166,6 @@ def read_manifest(folder: str | Path) -> Manifest:
         raise ManifestError(f"{path}: {key}: {problem['msg']}: {remedy}") from error
 
 
-def write_manifest(folder: str | Path, manifest: Manifest) -> Path:
-    """Write ``folder/manifest.json`` whole or not at all (design rule 7); returns its path."""
-    path = Path(folder) / MANIFEST_NAME
-    write_whole(path, manifest.to_json().encode())
-    return path
-
-
-def write_whole(path: Path, content: bytes) -> None:
-    """Write a small file beside, fsync it, and rename it into place; after an error nothing of it stays."""
-    # Hosts that share a file system share process numbers too, so those would not tell two writers apart.
-    temporary = path.with_name(f"{path.name}.tmp-{uuid4().hex}")
-    try:
-        with temporary.open("xb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
-    fsync_folder(path.parent)
-
-
-def fsync_folder(folder: Path) -> None:
-    """Make a rename in ``folder`` durable."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+def write_manifest(folder: str | Path, manifest: Manifest) -> None:
+    """Write ``folder/manifest.json`` whole or not at all (design rule 7); the folder may be a URL."""
+    open_folder(folder).write_whole(MANIFEST_NAME, manifest.to_json().encode())
