@@ -8,7 +8,8 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from data_prep.preparation import PreparationError, PreparationSummary, prepare
+    from data_prep.failure import PreparationError, PreparationStopped
+    from data_prep.preparation import PreparationSummary, prepare
     from data_prep.progress import PreparationProgress
     from data_prep.shard_plan import parse_splits
     from data_prep.verification import Problem, verify
@@ -20,13 +21,15 @@ __all__ = [
     "PreparationSummary",
     "PreparationProgress",
     "PreparationError",
+    "PreparationStopped",
     "Problem",
 ]
 
 _HOME = {
     "prepare": "preparation",
     "PreparationSummary": "preparation",
-    "PreparationError": "preparation",
+    "PreparationError": "failure",
+    "PreparationStopped": "failure",
     "PreparationProgress": "progress",
     "parse_splits": "shard_plan",
     "verify": "verification",

@@ -7,18 +7,21 @@ interruption does only what is missing, and the bytes are those of an uninterrup
 from __future__ import annotations
 
 import json
-import shutil
+import signal
+import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
-from uuid import uuid4
+from typing import Literal
 
-from data_prep.progress import PreparationProgress, console_progress
-from data_prep.shard import RECORD_FOLDER, Refusal, ShardRecord, finished_record, write_shard
+from data_prep.dispatch import Job, write_shards
+from data_prep.failure import PreparationError, PreparationStopped, full_disk, is_full
+from data_prep.lock import sole_workspace
+from data_prep.progress import PreparationProgress, Tally, console_progress
+from data_prep.shard import RECORD_FOLDER, Refusal, ShardRecord, finished_record
 from data_prep.shard_plan import Settings, ShardTask, check_splits, parse_splits, plan_hash, plan_shards
 from data_prep.source import scan
 from pipeline.data.config import SAMPLE_RATE
@@ -27,14 +30,8 @@ from pipeline.data.manifest import Manifest, SplitEntry, write_manifest, write_w
 
 QUARANTINE_NAME = "quarantine.jsonl"
 PLAN_NAME = "plan.json"
-WORKSPACE_PREFIX = "writing-"
 DEFAULT_SPLITS = "train=0.9,validation=0.1"
 DEFAULT_SHARD_BYTES = 256 * 1024 * 1024
-IN_FLIGHT_PER_CPU = 2  # enough to keep the workers busy; the rest waits here and not in Ray's queue
-
-
-class PreparationError(RuntimeError):
-    """A preparation that can't go on; the message names the file or folder and what would do."""
 
 
 @dataclass(frozen=True)
@@ -97,8 +94,9 @@ def prepare(
     on the console.
 
     Raises :class:`data_prep.source.SourceError` for a source that can't be read, ``ValueError`` for settings that
-    mean nothing, :class:`PreparationError` if ``out`` holds something else, nothing usable was found, or
-    ``on_bad="fail"`` met a bad file.
+    mean nothing, :class:`PreparationError` if ``out`` holds something else or is being prepared, the disk is full, a
+    shard can't be written, nothing usable was found, or ``on_bad="fail"`` met a bad file, ``ConnectionError`` if Ray is
+    gone, and :class:`PreparationStopped`, a ``KeyboardInterrupt``, after Ctrl-C or SIGTERM.
     """
     began = time.monotonic()
     source, out = Path(source), Path(out)
@@ -106,28 +104,26 @@ def prepare(
     found = scan(kind, source, leave_out=out)
     tasks = plan_shards(found.files, settings)
     plan = plan_hash(tasks, settings)
-    workspace = _claim(out, plan, source)
     classes = sorted({file.label for file in found.files if file.label})
     records: dict[str, ShardRecord] = {}
-    for task in tasks:
-        record = finished_record(out, task, plan)
-        if record is not None:
-            _check_refusals(record, on_bad)
-            records[task.stem] = record
-    missing = [task for task in tasks if task.stem not in records]
-    reused = len(records)
-    with ExitStack() as stack:
-        report = progress or stack.enter_context(console_progress(kind))
-        if missing:
+    _refuse_foreign(out)
+    try:
+        with _stop_in_order(), sole_workspace(out / RECORD_FOLDER) as workspace:
+            _claim(out, plan, source)
             places = {label: place for place, label in enumerate(classes)}
-            for task, record in _write_with_ray(out, workspace, missing, settings, places, plan, workers, ray_address):
-                records[task.stem] = record
-                _check_refusals(record, on_bad)
-                report(_progress(kind, tasks, records, reused, time.monotonic() - began))
-        else:
-            report(_progress(kind, tasks, records, reused, time.monotonic() - began))
-    manifest, refused = _finish(out, tasks, records, settings, classes)
-    shutil.rmtree(workspace, ignore_errors=True)
+            job = Job(out.resolve(), workspace.resolve(), settings, places, plan)
+            reused = _write_missing(job, tasks, records, on_bad, workers, ray_address, progress)
+            manifest, refused = _finish(out, tasks, records, settings, classes)
+    except KeyboardInterrupt as stop:
+        raise PreparationStopped(
+            f"stopped with {len(records)} of {len(tasks)} shards of {out} finished: the same command goes on from there"
+        ) from stop
+    except OSError as error:
+        if not is_full(error):
+            raise
+        missing = [task for task in tasks if task.stem not in records]
+        files, size = sum(len(task.files) for task in missing), sum(task.bytes for task in missing)
+        raise full_disk(out, error, files, size) from error
     return PreparationSummary(
         kind=kind,
         out=out,
@@ -142,6 +138,38 @@ def prepare(
         ignored=found.ignored,
         elapsed_seconds=time.monotonic() - began,
     )
+
+
+def _write_missing(
+    job: Job,
+    tasks: list[ShardTask],
+    records: dict[str, ShardRecord],
+    on_bad: str,
+    workers: int | None,
+    ray_address: str | None,
+    progress: Callable[[PreparationProgress], None] | None,
+) -> int:
+    """Fill ``records`` with those of all ``tasks``, writing the shards that are missing; returns how many were
+    there.
+    """
+    there = [(task, record) for task in tasks if (record := finished_record(job.out, task, job.plan)) is not None]
+    for task, record in there:
+        _check_refusals(record, on_bad)
+        records[task.stem] = record
+    missing = [task for task in tasks if task.stem not in records]
+    with ExitStack() as stack:
+        show = progress or stack.enter_context(console_progress(job.settings.kind))
+        tally = Tally(job.settings.kind, tasks, there)
+        show(tally.progress([]))
+        # Closed at once when this loop ends early: an error would keep the generator, and Ray with it.
+        turns = stack.enter_context(closing(write_shards(job, missing, workers, ray_address)))
+        for turn in turns if missing else ():
+            for task, record in turn.finished:
+                records[task.stem] = record
+                tally.add(task, record)
+                _check_refusals(record, on_bad)
+            show(tally.progress(turn.under_way))
+    return len(there)
 
 
 def _settings(
@@ -171,73 +199,44 @@ def _settings(
     return Settings(kind, shard_bytes, tuple(shares.items()), split_by, seed, image_size)
 
 
-def _claim(out: Path, plan: str, source: Path) -> Path:
-    """Make ``out`` this preparation's folder and return its new workspace; refuse one that holds another's, or files
-    that are not ours.
-    """
-    claim = out / RECORD_FOLDER / PLAN_NAME
+def _refuse_foreign(out: Path) -> None:
+    """Raise :class:`PreparationError` if ``out`` holds files that are not ours."""
     if out.exists() and not out.is_dir():
         raise PreparationError(f"{out} is a file: give a folder for the data set")
+    begun = (out / RECORD_FOLDER / PLAN_NAME).is_file()
+    if not begun and out.is_dir() and any(path.name != RECORD_FOLDER for path in out.iterdir()):
+        raise PreparationError(f"{out} holds files that no preparation made: give an empty or a new folder")
+
+
+def _claim(out: Path, plan: str, source: Path) -> None:
+    """Make ``out`` the folder of this plan, and clear what a killed driver left; refuse another plan's."""
+    claim = out / RECORD_FOLDER / PLAN_NAME
     if not claim.is_file():
-        if out.is_dir() and any(path.name != RECORD_FOLDER for path in out.iterdir()):
-            raise PreparationError(f"{out} holds files that no preparation made: give an empty or a new folder")
-        claim.parent.mkdir(parents=True, exist_ok=True)
         write_whole(claim, json.dumps({"plan": plan}).encode())
     elif json.loads(claim.read_text()).get("plan") != plan:
         raise PreparationError(
             f"{out} holds a data set of other files or settings than these of {source} "
             "(a changed file counts as another): give another folder, or remove this one"
         )
-    for leftover in (*out.glob("*.tmp-*"), *out.glob("*/*.tmp-*"), *out.glob(f"{RECORD_FOLDER}/*/*.tmp-*")):
+    for leftover in (*out.glob("*.tmp-*"), *out.glob("*/*.tmp-*")):
         leftover.unlink(missing_ok=True)
-    for folder in out.glob(f"{RECORD_FOLDER}/{WORKSPACE_PREFIX}*"):
-        shutil.rmtree(folder, ignore_errors=True)
-    workspace = claim.with_name(f"{WORKSPACE_PREFIX}{uuid4().hex}")
-    workspace.mkdir()
-    return workspace
 
 
-def _write_with_ray(
-    out: Path,
-    workspace: Path,
-    tasks: list[ShardTask],
-    settings: Settings,
-    classes: dict[str, int],
-    plan: str,
-    workers: int | None,
-    ray_address: str | None,
-) -> Iterator[tuple[ShardTask, ShardRecord]]:
-    """Write shards as Ray tasks, a bounded number at a time, and yield each as it is done."""
-    import ray
+@contextmanager
+def _stop_in_order() -> Iterator[None]:
+    """Turn SIGTERM, a scheduler's way to say stop, into what Ctrl-C is; only a main thread may."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
 
-    from pipeline.ray_session import ray_session
+    def stop(number: int, frame: object) -> None:
+        raise KeyboardInterrupt(signal.Signals(number).name)
 
-    with ray_session(ray_address) as resources:
-        # Only paths and records travel through Ray, never a file's bytes.
-        remote = ray.remote(write_shard).options(max_retries=3, retry_exceptions=[OSError])
-        at_once = workers or IN_FLIGHT_PER_CPU * max(1, int(resources.get("CPU", 1)))
-        waiting = iter(tasks)
-        running: dict[Any, ShardTask] = {}
-        try:
-            while True:
-                for task in waiting:
-                    running[remote.remote(out.resolve(), workspace.resolve(), task, settings, classes, plan)] = task
-                    if len(running) >= at_once:
-                        break
-                if not running:
-                    return
-                done, _ = ray.wait(list(running), num_returns=1)
-                for reference in done:
-                    task = running.pop(reference)
-                    try:
-                        yield task, ray.get(reference)
-                    except ray.exceptions.RayTaskError as error:
-                        raise PreparationError(
-                            f"shard {task.stem} can't be written: {error.cause}; repeat the command to go on"
-                        ) from error
-        finally:
-            for reference in running:
-                ray.cancel(reference)
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _check_refusals(record: ShardRecord, on_bad: str) -> None:
@@ -246,24 +245,6 @@ def _check_refusals(record: ShardRecord, on_bad: str) -> None:
         raise PreparationError(
             f"{first.path}: {first.reason}: repair or remove it, or set such files aside with --on-bad quarantine"
         )
-
-
-def _progress(
-    kind: str, tasks: list[ShardTask], records: dict[str, ShardRecord], reused: int, elapsed: float
-) -> PreparationProgress:
-    done = [task for task in tasks if task.stem in records]
-    return PreparationProgress(
-        kind=kind,
-        files_done=sum(len(task.files) for task in done),
-        files=sum(len(task.files) for task in tasks),
-        bytes_done=sum(task.bytes for task in done),
-        bytes=sum(task.bytes for task in tasks),
-        shards_done=len(done),
-        shards=len(tasks),
-        reused=reused,
-        refused=sum(len(record.refused) for record in records.values()),
-        elapsed_seconds=elapsed,
-    )
 
 
 def _finish(

@@ -17,6 +17,9 @@ from typing import NamedTuple
 
 import numpy as np
 
+from data_prep.lock import WORKSPACE_PREFIX
+from data_prep.preparation import QUARANTINE_NAME
+from data_prep.shard import RECORD_FOLDER
 from pipeline.data.index import ShardError, ShardIndex, read_index
 from pipeline.data.lengths import LENGTHS_NAME, length_histogram, read_lengths
 from pipeline.data.manifest import MANIFEST_NAME, Manifest, ManifestError, ShardEntry, SplitEntry, read_manifest
@@ -38,8 +41,10 @@ class Problem:
 def verify(
     dataset: str | Path, *, threads: int = 2, progress: Callable[[int, int], None] | None = None
 ) -> list[Problem]:
-    """Check manifest, hashes, indexes and members of a data set; ``progress(shards_done, shards)`` is called for each
-    shard.
+    """Check manifest, hashes, indexes, members and quarantine of a data set, and that nothing else lies in it;
+    ``progress(shards_done, shards)`` is called for each shard.
+
+    A shard that was damaged is made again, with the same bytes, by removing it and repeating the preparation.
     """
     folder = Path(dataset)
     try:
@@ -55,17 +60,35 @@ def verify(
             counts.append(counted)
             if progress is not None:
                 progress(done, len(shards))
-    known = {name for shard in shards for name in (shard.file, shard.index_file)}
     first = 0
     for name, split in manifest.splits.items():
         of_split = counts[first : first + len(split.shards)]
         first += len(split.shards)
         problems += _check_split(folder, manifest, name, of_split)
-        known.add(split.lengths_file or "")
-        for path in sorted((folder / name).glob("*")):
-            place = path.relative_to(folder).as_posix()
-            if place not in known:
-                problems.append(Problem(place, "is not in the manifest"))
+    return [*problems, *_check_quarantine(folder, manifest), *_check_strays(folder, manifest)]
+
+
+def _check_quarantine(folder: Path, manifest: Manifest) -> list[Problem]:
+    try:
+        listed = len((folder / QUARANTINE_NAME).read_text(encoding="utf-8").splitlines())
+    except FileNotFoundError:
+        return [Problem(QUARANTINE_NAME, "is missing")]
+    if listed != manifest.refused:
+        return [Problem(QUARANTINE_NAME, f"lists {listed} refused files, the manifest says {manifest.refused}")]
+    return []
+
+
+def _check_strays(folder: Path, manifest: Manifest) -> list[Problem]:
+    """Files that the manifest does not know: left by an interrupted preparation, or put there by somebody."""
+    known = {MANIFEST_NAME, QUARANTINE_NAME, *(split.lengths_file for split in manifest.splits.values())}
+    known.update(name for shard in manifest.shards() for name in (shard.file, shard.index_file))
+    problems = []
+    for name in sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()):
+        ours = name.startswith(f"{RECORD_FOLDER}/")
+        if ".tmp-" in name or (ours and WORKSPACE_PREFIX in name):
+            problems.append(Problem(name, "is left over from an interrupted preparation: repeat that, or remove it"))
+        elif not ours and name not in known and not name.startswith("."):
+            problems.append(Problem(name, "is not in the manifest"))
     return problems
 
 

@@ -81,21 +81,25 @@ def _prepare(
     split_by_label: bool = False,
     image_size: int | None = None,
 ) -> None:
-    from data_prep import prepare
+    from data_prep import PreparationStopped, prepare
 
-    summary = prepare(
-        kind,  # type: ignore[arg-type]
-        source,
-        out,
-        shard_bytes=shard_bytes,
-        splits=split,
-        split_by="label" if split_by_label else "file",
-        on_bad=on_bad.value,  # type: ignore[arg-type]
-        workers=workers,
-        ray_address=ray_address,
-        seed=seed,
-        image_size=image_size,
-    )
+    try:
+        summary = prepare(
+            kind,  # type: ignore[arg-type]
+            source,
+            out,
+            shard_bytes=shard_bytes,
+            splits=split,
+            split_by="label" if split_by_label else "file",
+            on_bad=on_bad.value,  # type: ignore[arg-type]
+            workers=workers,
+            ray_address=ray_address,
+            seed=seed,
+            image_size=image_size,
+        )
+    except PreparationStopped as stop:
+        typer.echo(str(stop), err=True)
+        raise typer.Exit(130) from stop  # what shells say of Ctrl-C
     typer.echo(str(summary))
 
 
@@ -158,6 +162,7 @@ def verify(dataset: Annotated[Path, typer.Argument(help="Data set folder.")]) ->
     for problem in problems:
         typer.echo(str(problem), err=True)
     if problems:
+        typer.echo("remove damaged shards and repeat their preparation: it makes those again, byte for byte", err=True)
         raise typer.Exit(1)
     typer.echo(f"{dataset}: every shard is as its manifest says")
 

@@ -9,10 +9,16 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
+import socket
+import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 OBJECT_STORE_BYTES = 200 * 1024 * 1024  # file contents never go through Ray, so a small store will do
+HEAD_SECONDS = 30.0
+KNOCK_SECONDS = 3.0
 
 
 @contextmanager
@@ -33,6 +39,17 @@ def ray_session(address: str | None = None, cpus: int | None = None) -> Iterator
     if ray.is_initialized():
         yield ray.cluster_resources()
         return
+    with _own_sigterm():
+        _init(address, cpus)
+    try:
+        yield ray.cluster_resources()
+    finally:
+        ray.shutdown()
+
+
+def _init(address: str | None, cpus: int | None) -> None:
+    import ray
+
     if address is not None:
         ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
     else:
@@ -44,7 +61,58 @@ def ray_session(address: str | None = None, cpus: int | None = None) -> Iterator
             logging_level=logging.ERROR,
             object_store_memory=OBJECT_STORE_BYTES,
         )
+
+
+@contextmanager
+def _own_sigterm() -> Iterator[None]:
+    """Keep the caller's handler of SIGTERM, if it has one: Ray sets its own."""
+    before = signal.getsignal(signal.SIGTERM)
+    yield
+    if callable(before) and threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, before)
+
+
+class RayWatch:
+    """Tells that the Ray of this process is gone, before a call waits for it in vain.
+
+    Knocks at the ports of this machine's raylet and of the cluster's head (GCS). A head may be away for
+    ``HEAD_SECONDS``: some clusters restart theirs; Ray itself ends the process after 60 s.
+    """
+
+    def __init__(self) -> None:
+        import ray
+
+        self._ports: dict[str, tuple[str, int]] = {}
+        self._away_since: float | None = None
+        if ray.util.client.ray.is_connected():  # "ray://": its calls fail by themselves when the proxy is gone
+            return
+        context = ray.get_runtime_context()
+        host, _, port = context.gcs_address.rpartition(":")
+        self._ports["head"] = host.strip("[]"), int(port)
+        for node in ray.nodes():
+            if node["NodeID"] == context.get_node_id():
+                self._ports["raylet"] = node["NodeManagerAddress"], node["NodeManagerPort"]
+
+    def check(self) -> None:
+        """Raise ``ConnectionError`` naming what is gone and what would do."""
+        gone = [part for part, place in self._ports.items() if not _answers(place)]
+        if not gone:
+            self._away_since = None
+            return
+        if self._away_since is None:
+            self._away_since = time.monotonic()
+        away = time.monotonic() - self._away_since
+        if "raylet" in gone or away > HEAD_SECONDS:
+            host, port = self._ports[gone[-1]]
+            raise ConnectionError(
+                f"Ray is gone, its {gone[-1]} at {host}:{port} does not answer: start it again if it was yours, and "
+                "repeat the command"
+            )
+
+
+def _answers(place: tuple[str, int]) -> bool:
     try:
-        yield ray.cluster_resources()
-    finally:
-        ray.shutdown()
+        with socket.create_connection(place, timeout=KNOCK_SECONDS):
+            return True
+    except OSError:
+        return False

@@ -130,10 +130,12 @@ def test_summary_and_progress(speech_source: Path, tmp_path: Path) -> None:
         "truncated.flac",
     ]
     assert "208 clips, 0.19 h in 4 shards" in str(summary)
-    assert [progress.shards_done for progress in seen] == [1, 2, 3, 4]
+    assert seen[0].files_done == 0
+    assert {progress.shards_done for progress in seen} == {0, 1, 2, 3, 4}
     assert (seen[-1].files_done, seen[-1].files, seen[-1].refused) == (211, 211, 3)
     assert seen[-1].bytes_done == seen[-1].bytes
     assert "211/211 files, 4/4 shards" in seen[-1].line()
+    assert seen[-1].seconds_left == 0
 
 
 def test_a_bad_file_stops_a_strict_preparation(image_source: Path, tmp_path: Path) -> None:

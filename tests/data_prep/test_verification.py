@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import hashlib
 import json
+import random
 import shutil
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
+from typer.testing import CliRunner
 
 from data_prep import verify
+from launch.cli import app
 from pipeline.data import Manifest
 from pipeline.data.index import ShardIndex, read_index
 from pipeline.data.manifest import write_manifest
@@ -76,6 +79,29 @@ def remove_manifest(folder: Path) -> None:
     (folder / "manifest.json").unlink()
 
 
+def remove_quarantine(folder: Path) -> None:
+    (folder / "quarantine.jsonl").unlink()
+
+
+def shorten_quarantine(folder: Path) -> None:
+    path = folder / "quarantine.jsonl"
+    path.write_text("".join(path.read_text().splitlines(keepends=True)[1:]))
+
+
+def stray_file(folder: Path) -> None:
+    (folder / "letter.txt").write_text("not ours")
+
+
+def leave_a_manifest_half_written(folder: Path) -> None:
+    (folder / "manifest.json.tmp-0123").write_text("{")
+
+
+def leave_a_workspace(folder: Path) -> None:
+    room = folder / ".prepare" / "writing-0123" / "4567"
+    room.mkdir(parents=True)
+    (room / "tar").write_bytes(b"half")
+
+
 @pytest.mark.parametrize(
     ("damage", "file", "what"),
     [
@@ -89,6 +115,11 @@ def remove_manifest(folder: Path) -> None:
         (wrong_totals, "manifest.json", "totals of split train"),
         (wrong_labels, "manifest.json", "labels of split train"),
         (remove_manifest, "manifest.json", "holds no manifest.json"),
+        (remove_quarantine, "quarantine.jsonl", "is missing"),
+        (shorten_quarantine, "quarantine.jsonl", "lists 2 refused files, the manifest says 3"),
+        (stray_file, "letter.txt", "not in the manifest"),
+        (leave_a_manifest_half_written, "manifest.json.tmp-0123", "left over from an interrupted preparation"),
+        (leave_a_workspace, ".prepare/writing-0123/4567/tar", "left over from an interrupted preparation"),
     ],
 )
 def test_damage_is_found_and_named(
@@ -101,6 +132,38 @@ def test_damage_is_found_and_named(
     assert any(problem.file == file and what in problem.what for problem in problems), problems
     untouched = "train/shard-000000"
     assert not any(problem.file.startswith(untouched) for problem in problems)
+
+
+def test_any_flipped_bit_is_found(speech_dataset: Path, tmp_path: Path) -> None:
+    copy = tmp_path / "copy"
+    shutil.copytree(speech_dataset, copy)
+    paths = sorted(path for path in copy.rglob("*") if path.suffix in (".tar", ".idx", ".npy"))
+    draw = random.Random(0)
+    for _ in range(20):
+        path = draw.choice(paths)
+        with path.open("r+b") as file:
+            place = draw.randrange(path.stat().st_size)
+            file.seek(place)
+            (byte,) = file.read(1)
+            file.seek(place)
+            file.write(bytes([byte ^ 1 << draw.randrange(8)]))
+            file.flush()
+            assert path.relative_to(copy).as_posix() in {problem.file for problem in verify(copy)}
+            file.seek(place)
+            file.write(bytes([byte]))
+    assert verify(copy) == []
+
+
+def test_the_command_tells_by_its_exit_code(image_dataset: Path, tmp_path: Path) -> None:
+    copy = tmp_path / "copy"
+    shutil.copytree(image_dataset, copy)
+    sound = CliRunner().invoke(app, ["verify", str(copy)])
+    assert (sound.exit_code, sound.stderr) == (0, "")
+    flip_a_bit(copy)
+    damaged = CliRunner().invoke(app, ["verify", str(copy)])
+    assert damaged.exit_code == 1
+    assert "train/shard-000001.tar: its SHA-256" in damaged.stderr
+    assert "remove" in damaged.stderr
 
 
 def test_damaged_length_histograms_are_found(speech_dataset: Path, tmp_path: Path) -> None:
