@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections import Counter, deque
+from collections import deque
 from collections.abc import Generator
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -21,7 +21,8 @@ from data_prep.shard import ShardRecord, finished_record, write_shard
 from data_prep.shard_plan import Settings, ShardTask
 
 IN_FLIGHT_PER_CPU = 2  # enough to keep the workers busy; the rest waits here and not in Ray's queue
-MOST_ATTEMPTS = 4  # of a shard
+MOST_AT_ONE_FILE = 4  # failures of a shard
+MOST_FAILURES = 16  # of a shard
 FIRST_PAUSE = 0.5  # seconds before a shard is tried again; doubles each time
 TURN_SECONDS = 1.0
 RESOURCES_EVERY = 10.0  # seconds between two looks at how many CPUs the cluster has
@@ -51,7 +52,8 @@ def write_shards(job: Job, tasks: list[ShardTask], workers: int | None, ray_addr
     """Write ``tasks``, at most ``workers`` of them at once, by default two a CPU of the cluster at ``ray_address``,
     or of a Ray that is started here.
 
-    A shard whose worker or machine dies, or whose disk fails, is written again, :data:`MOST_ATTEMPTS` times at most.
+    A shard whose worker or machine dies, or whose disk fails, is written again, :data:`MOST_AT_ONE_FILE` times at most
+    if it is at the same file.
     Raises :class:`PreparationError` for a shard that can't be written, the worker's ``OSError`` if the disk is full,
     and ``ConnectionError`` if Ray itself is gone.
     """
@@ -74,7 +76,7 @@ def write_shards(job: Job, tasks: list[ShardTask], workers: int | None, ray_addr
                 queue.extendleft(retries.due())
                 while queue and len(running) < at_once:
                     task = queue.popleft()
-                    running[remote.remote(job, task)] = task
+                    running[remote.remote(job, task, retries.suspects(task))] = task
                 if not running:
                     time.sleep(FIRST_PAUSE / 2)
                     continue
@@ -93,14 +95,14 @@ def write_shards(job: Job, tasks: list[ShardTask], workers: int | None, ray_addr
             _cancel(list(running))
 
 
-def _write(job: Job, task: ShardTask) -> ShardRecord:
+def _write(job: Job, task: ShardTask, suspects: list[int]) -> ShardRecord:
     """Write one shard, in a Ray worker, and note in the workspace which file is next: who dies can't say it later."""
     with _marker(job, task).open("wb", buffering=0) as marker:
 
         def report(place: int) -> None:
             os.pwrite(marker.fileno(), place.to_bytes(8, "little"), 0)
 
-        return write_shard(job.out, job.workspace, task, job.settings, job.classes, job.plan, report)
+        return write_shard(job.out, job.workspace, task, job.settings, job.classes, job.plan, report, suspects)
 
 
 def _marker(job: Job, task: ShardTask) -> Path:
@@ -121,7 +123,12 @@ class _Retries:
 
     job: Job
     waiting: list[tuple[float, ShardTask]] = field(default_factory=list)
-    failures: Counter[str] = field(default_factory=Counter)
+    failures: dict[str, list[int]] = field(default_factory=dict)  # by shard, the place of the file at each
+    deaths: dict[str, set[int]] = field(default_factory=dict)  # the same where the worker died
+
+    def suspects(self, task: ShardTask) -> list[int]:
+        """Places of files at which a worker of this shard has died."""
+        return sorted(self.deaths.get(task.stem, ()))
 
     def due(self) -> list[ShardTask]:
         """Those to try now."""
@@ -144,17 +151,20 @@ class _Retries:
         record = finished_record(self.job.out, task, self.job.plan)
         if record is not None:
             return record
-        self.failures[task.stem] += 1
-        died = not isinstance(error, RayTaskError)
-        if self.failures[task.stem] >= MOST_ATTEMPTS or not (died or isinstance(cause, OSError)):
+        place, died = _place(self.job, task), not isinstance(error, RayTaskError)
+        places = self.failures.setdefault(task.stem, [])
+        places.append(place)
+        if died:
+            self.deaths.setdefault(task.stem, set()).add(place)
+        too_many = places.count(place) >= MOST_AT_ONE_FILE or len(places) >= MOST_FAILURES
+        if too_many or not (died or isinstance(cause, OSError)):
             raise PreparationError(self._explain(task, cause, died)) from error
-        pause = FIRST_PAUSE * 2 ** (self.failures[task.stem] - 1)
-        self.waiting.append((time.monotonic() + pause, task))
+        self.waiting.append((time.monotonic() + FIRST_PAUSE * 2 ** min(len(places) - 1, 6), task))
         return None
 
     def _explain(self, task: ShardTask, cause: Exception, died: bool) -> str:
-        place = _place(self.job, task)
-        at = f" at {task.files[place].name}" if place < len(task.files) else ""
+        places = self.failures[task.stem]
+        at = f" at {task.files[places[-1]].name}" if places[-1] < len(task.files) else ""
         reason = str(cause).strip().splitlines()[0] if str(cause).strip() else type(cause).__name__
         if died:
             remedy = "remove that file if it is always the same, or use fewer --workers if memory is short"
@@ -162,10 +172,10 @@ class _Retries:
             remedy = "every machine of the cluster must see SOURCE and OUT under the same paths"
         else:
             remedy = "see to it"
-        tries = self.failures[task.stem]
         return (
-            f"shard {task.stem} can't be written, {tries} attempt{'s' * (tries > 1)} failed, the last{at} with "
-            f"{type(cause).__name__}: {reason}: {remedy}, then repeat the command, it goes on from the finished shards"
+            f"shard {task.stem} can't be written, {len(places)} attempt{'s' * (len(places) > 1)} failed, the last{at} "
+            f"with {type(cause).__name__}: {reason}: {remedy}, then repeat the command, it goes on from the finished "
+            "shards"
         )
 
 

@@ -14,7 +14,7 @@ import os
 import shutil
 import tarfile
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import IO
 from uuid import uuid4
@@ -23,6 +23,7 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from data_prep.check import CheckedSample, Refused, check_file
+from data_prep.probe import crash_of
 from data_prep.shard_plan import Settings, ShardTask
 from data_prep.source import SourceFile
 from pipeline.data.config import SAMPLE_RATE
@@ -107,6 +108,7 @@ def write_shard(
     classes: dict[str, int],
     plan: str,
     report: Callable[[int], None] = lambda place: None,
+    suspects: Collection[int] = (),
 ) -> ShardRecord:
     """Check the files of ``task`` and write its shard; files that are refused shift nothing but what stands behind
     them.
@@ -114,11 +116,12 @@ def write_shard(
     Everything is written in a folder of its own below ``workspace``, which must exist on ``out``'s file system, and
     renamed from there: once a later preparation has removed the workspace, a worker that outlived its driver can
     publish nothing more. ``report(place)`` is called before each file of the task, and at the end with their number.
+    At the places ``suspects`` a worker has died: those files are first decoded in a process of their own.
     """
     room = workspace / uuid4().hex
     room.mkdir()
     try:
-        return _write_in(room, out, task, settings, classes, plan, report)
+        return _write_in(room, out, task, settings, classes, plan, report, suspects)
     finally:
         shutil.rmtree(room, ignore_errors=True)
 
@@ -131,6 +134,7 @@ def _write_in(
     classes: dict[str, int],
     plan: str,
     report: Callable[[int], None],
+    suspects: Collection[int],
 ) -> ShardRecord:
     tar, index_file, record_file = room / "tar", room / "idx", room / "json"
     records: list[tuple[int, ...]] = []
@@ -143,13 +147,9 @@ def _write_in(
             for place, source in enumerate(task.files):
                 report(place)
                 try:
-                    sample = check_file(settings.kind, source.read(), settings.image_size)
+                    sample = _checked(source, settings, place in suspects)
                 except Refused as error:
                     refused.append(Refusal(path=source.name, reason=str(error), bytes=source.size))
-                    continue
-                except (FileNotFoundError, PermissionError) as error:  # other errors of the disk are tried again
-                    reason = f"can't be read: {error.strerror}"
-                    refused.append(Refusal(path=source.name, reason=reason, bytes=source.size))
                     continue
                 metadata = describe(source, sample)
                 offset = _add(archive, hashing, f"{source.key}.{sample.suffix}", sample.content)
@@ -192,6 +192,19 @@ def _write_in(
     _publish(record_file, record_path(out, task))  # the last: with it the shard counts as done
     report(len(task.files))
     return record
+
+
+def _checked(source: SourceFile, settings: Settings, suspect: bool) -> CheckedSample:
+    """What a shard stores of a file; raises :class:`Refused`."""
+    try:
+        content = source.read()
+    except (FileNotFoundError, PermissionError) as error:  # other errors of the disk are tried again
+        if source.modified and not Path(source.path).parent.is_dir():
+            raise  # the scan has seen it: this machine does not see the source, and no file is to blame
+        raise Refused(f"can't be read: {error.strerror}") from error
+    if suspect and (crash := crash_of(settings.kind, content, settings.image_size)) is not None:
+        raise Refused(f"kills the process that decodes it ({crash})")
+    return check_file(settings.kind, content, settings.image_size)
 
 
 def _publish(finished: Path, target: Path) -> None:

@@ -25,6 +25,7 @@ import ray
 
 from data_prep import PreparationError, prepare, verify
 from data_prep.lock import sole_workspace
+from tests.data_prep.conftest import POISON
 from tests.data_prep.processes import GCS, RAY_WORKER, RAYLET, Session, descendants, session
 from tests.data_prep.test_preparation import digests, quiet
 
@@ -159,6 +160,25 @@ def test_a_second_preparation_of_the_same_folder_is_refused(speech_source: Path,
     ):
         prepare("speech", speech_source, tmp_path / "out", progress=quiet)
     assert prepare("speech", speech_source, tmp_path / "out", progress=quiet).samples == 208
+
+
+@pytest.mark.slow
+def test_a_file_that_kills_its_decoder_is_set_aside(
+    speech_source: Path, crashing_decoder: Path, tmp_path: Path
+) -> None:
+    source, out = tmp_path / "source", tmp_path / "out"
+    shutil.copytree(speech_source, source)
+    good = [path for path in sorted(source.rglob("*.flac")) if "broken" not in path.name]
+    poisoned = [good[3], good[70], good[71], good[140]]
+    for path in poisoned:
+        path.write_bytes(path.read_bytes() + POISON)
+    prepare_there = ["env", f"PYTHONPATH={crashing_decoder}", *command(source, out, shard_bytes=3_000_000)]
+    with session(prepare_there, tmp_path / "log") as running:
+        assert running.process.wait(200) == 0, running.output()
+    refused = [json.loads(line) for line in (out / "quarantine.jsonl").read_text().splitlines()]
+    killers = {each["path"] for each in refused if each["reason"] == "kills the process that decodes it (SIGSEGV)"}
+    assert killers == {path.relative_to(source).as_posix() for path in poisoned}
+    assert len(refused) == 4 + 3
 
 
 @pytest.mark.slow

@@ -101,3 +101,19 @@ def test_two_writers_of_one_shard_agree(task: ShardTask, tmp_path: Path) -> None
     assert [outer] == inner
     assert {name: (out / name).read_bytes() for name in files(out)} == before
     assert record_path(out, task).is_file()
+
+
+def test_a_source_that_is_not_mounted_is_no_fault_of_its_files(speech_source: Path, tmp_path: Path) -> None:
+    """A file that is gone is refused; one whose folder is gone too may lie on a disk that this machine does not see."""
+    source, workspace = tmp_path / "source", tmp_path / "workspace"
+    shutil.copytree(speech_source / "carlo-it", source / "speaker")
+    workspace.mkdir()
+    (task,) = plan_shards(scan("speech", source, leave_out=Path("/nowhere")).files, SETTINGS)
+    Path(task.files[1].path).unlink()
+    record = write(tmp_path / "out", task, workspace)
+    assert (task.files[1].name, "can't be read: No such file or directory") in [
+        (refusal.path, refusal.reason) for refusal in record.refused
+    ]
+    source.rename(tmp_path / "unmounted")
+    with pytest.raises(FileNotFoundError):
+        write(tmp_path / "out", task, workspace)
