@@ -158,7 +158,7 @@ def _write_missing(
         records[task.stem] = record
     missing = [task for task in tasks if task.stem not in records]
     with ExitStack() as stack:
-        show = progress or stack.enter_context(console_progress(job.settings.kind))
+        show = progress or stack.enter_context(console_progress(f"preparing {job.settings.kind}"))
         tally = Tally(job.settings.kind, tasks, there)
         show(tally.progress([]))
         # Closed at once when this loop ends early: an error would keep the generator, and Ray with it.

@@ -1,7 +1,7 @@
-"""Progress of a preparation on the console.
+"""Progress of preparation and verification on the console.
 
-In: :class:`PreparationProgress` values. Out: a bar with rate and time left on a terminal, elsewhere a plain line now
-and then.
+In: :class:`PreparationProgress` or :class:`VerificationProgress` values. Out: a bar with rate and time left on a
+terminal, elsewhere a plain line now and then.
 """
 
 from __future__ import annotations
@@ -55,6 +55,11 @@ class PreparationProgress:
             return 0.0
         return (self.bytes - self.bytes_done) / self.bytes_per_second if self.bytes_per_second > 0 else None
 
+    @property
+    def share(self) -> float:
+        """Of the work that is done, by bytes of source files."""
+        return 1.0 if self.shards_done == self.shards else min(1.0, self.bytes_done / max(1, self.bytes))
+
     def counts(self) -> str:
         """Files, shards and refused files."""
         shards = f"{self.shards_done}/{self.shards} shards"
@@ -78,6 +83,33 @@ class PreparationProgress:
         """One line of text."""
         size = f"{self.bytes_done / 1e6:.1f}/{self.bytes / 1e6:.1f} MB"
         return f"preparing {self.kind}: {self.counts()}, {size}, {self.pace()}"
+
+    def brief(self) -> str:
+        """What stands beside a bar."""
+        return f"{self.counts()}, {self.pace()}"
+
+
+@dataclass(frozen=True)
+class VerificationProgress:
+    """How far a verification is."""
+
+    shards_done: int
+    shards: int
+    elapsed_seconds: float
+
+    @property
+    def share(self) -> float:
+        """Of the work that is done."""
+        return self.shards_done / self.shards if self.shards else 1.0
+
+    def line(self) -> str:
+        """One line of text."""
+        return f"verifying: {self.brief()}"
+
+    def brief(self) -> str:
+        """What stands beside a bar."""
+        left = f", {duration(self.elapsed_seconds * (1 / self.share - 1))} left" if 0 < self.share < 1 else ""
+        return f"{self.shards_done}/{self.shards} shards{left}"
 
 
 class Tally:
@@ -138,15 +170,18 @@ def duration(seconds: float) -> str:
     return f"{whole // 3600} h {whole % 3600 // 60:02d} min"
 
 
-@contextmanager
-def console_progress(kind: str) -> Iterator[Callable[[PreparationProgress], None]]:
-    """A callable that shows progress as suits where standard error goes."""
-    if not sys.stderr.isatty():
-        next_at = 0.0  # seconds of the preparation's time; the first line is a sign of life
+Progress = PreparationProgress | VerificationProgress
 
-        def show_line(progress: PreparationProgress) -> None:
+
+@contextmanager
+def console_progress(title: str) -> Iterator[Callable[[Progress], None]]:
+    """A callable that shows progress as suits where standard error goes; ``title`` stands before a bar."""
+    if not sys.stderr.isatty():
+        next_at = 0.0  # seconds of the work's own time; the first line is a sign of life
+
+        def show_line(progress: Progress) -> None:
             nonlocal next_at
-            if progress.shards_done == progress.shards or progress.elapsed_seconds >= next_at:
+            if progress.share == 1 or progress.elapsed_seconds >= next_at:
                 pause = min(LONGEST_PAUSE, max(FIRST_PAUSE, progress.elapsed_seconds / 20))
                 next_at = progress.elapsed_seconds + pause
                 print(progress.line(), file=sys.stderr, flush=True)
@@ -155,14 +190,14 @@ def console_progress(kind: str) -> Iterator[Callable[[PreparationProgress], None
         return
 
     from rich.console import Console
-    from rich.progress import BarColumn, Progress, TextColumn
+    from rich.progress import BarColumn, TextColumn
+    from rich.progress import Progress as Bar
 
-    columns = (TextColumn(f"preparing {kind}"), BarColumn(bar_width=20), TextColumn("{task.description}"))
-    with Progress(*columns, console=Console(stderr=True)) as bar:
-        task = bar.add_task("", total=None)
+    columns = (TextColumn(title), BarColumn(bar_width=20), TextColumn("{task.description}"))
+    with Bar(*columns, console=Console(stderr=True)) as bar:
+        task = bar.add_task("", total=1.0)
 
-        def show_bar(progress: PreparationProgress) -> None:
-            text = f"{progress.counts()}, {progress.pace()}"
-            bar.update(task, completed=progress.bytes_done, total=progress.bytes, description=text)
+        def show_bar(progress: Progress) -> None:
+            bar.update(task, completed=progress.share, description=progress.brief())
 
         yield show_bar

@@ -154,11 +154,18 @@ def prepare_images(
 @app.command()
 def verify(dataset: Annotated[Path, typer.Argument(help="Data set folder.")]) -> None:
     """Check every shard of a data set against its manifest; exit 1 and a list when something is off."""
+    import time
+
     from data_prep import verify as find_problems
+    from data_prep.progress import VerificationProgress, console_progress
 
     if not dataset.is_dir():
         raise FileNotFoundError(f"{dataset} does not exist: give the folder that `tessera prepare` made")
-    problems = find_problems(dataset)
+    began = time.monotonic()
+    with console_progress("verifying") as show:
+        problems = find_problems(
+            dataset, progress=lambda done, shards: show(VerificationProgress(done, shards, time.monotonic() - began))
+        )
     for problem in problems:
         typer.echo(str(problem), err=True)
     if problems:

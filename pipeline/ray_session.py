@@ -75,13 +75,14 @@ def _own_sigterm() -> Iterator[None]:
 class RayWatch:
     """Tells that the Ray of this process is gone, before a call waits for it in vain.
 
-    Knocks at the ports of this machine's raylet and of the cluster's head (GCS). A head may be away for
-    ``HEAD_SECONDS``: some clusters restart theirs; Ray itself ends the process after 60 s.
+    Knocks at the ports of this machine's raylet and of the cluster's head (GCS). With ``head_returns`` the head may be
+    away for ``HEAD_SECONDS``: some clusters restart theirs. Ray itself would end the process after 60 s.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, head_returns: bool) -> None:
         import ray
 
+        self._patience = HEAD_SECONDS if head_returns else 0.0
         self._ports: dict[str, tuple[str, int]] = {}
         self._away_since: float | None = None
         if ray.util.client.ray.is_connected():  # "ray://": its calls fail by themselves when the proxy is gone
@@ -102,7 +103,7 @@ class RayWatch:
         if self._away_since is None:
             self._away_since = time.monotonic()
         away = time.monotonic() - self._away_since
-        if "raylet" in gone or away > HEAD_SECONDS:
+        if "raylet" in gone or away >= self._patience:
             host, port = self._ports[gone[-1]]
             raise ConnectionError(
                 f"Ray is gone, its {gone[-1]} at {host}:{port} does not answer: start it again if it was yours, and "

@@ -8,7 +8,7 @@ from dataclasses import replace
 
 import pytest
 
-from data_prep.progress import PreparationProgress, Tally, console_progress, duration
+from data_prep.progress import PreparationProgress, Tally, VerificationProgress, console_progress, duration
 from data_prep.shard import Refusal, ShardRecord
 from data_prep.shard_plan import ShardTask
 from data_prep.source import SourceFile
@@ -36,17 +36,29 @@ def test_rate_and_time_left_are_of_this_run() -> None:
 
 
 def test_a_log_gets_a_line_at_once_now_and_then_and_at_the_end(capsys: pytest.CaptureFixture[str]) -> None:
-    with console_progress("speech") as show:
+    with console_progress("preparing speech") as show:
         for progress in (START, after(2), after(3), replace(after(3), elapsed_seconds=14.0), after(4)):
             show(progress)
     assert capsys.readouterr().err.splitlines() == [START.line(), after(3).line(), after(4).line()]
 
 
 def test_lines_of_a_long_preparation_grow_rare(capsys: pytest.CaptureFixture[str]) -> None:
-    with console_progress("speech") as show:
+    with console_progress("preparing speech") as show:
         for second in range(24 * 3600):
             show(replace(after(2), elapsed_seconds=float(second)))
     assert 250 < len(capsys.readouterr().err.splitlines()) < 500
+
+
+def test_verification_tells_the_time_left(capsys: pytest.CaptureFixture[str]) -> None:
+    with console_progress("verifying") as show:
+        for shards in range(1, 5):
+            show(VerificationProgress(shards, 4, 10.0 * shards))
+    assert capsys.readouterr().err.splitlines() == [
+        "verifying: 1/4 shards, 30 s left",
+        "verifying: 2/4 shards, 20 s left",
+        "verifying: 3/4 shards, 10 s left",
+        "verifying: 4/4 shards",
+    ]
 
 
 class Terminal(io.StringIO):
@@ -58,7 +70,7 @@ def test_a_terminal_gets_a_bar_with_rate_and_time_left(monkeypatch: pytest.Monke
     terminal = Terminal()
     monkeypatch.setattr(sys, "stderr", terminal)
     monkeypatch.setenv("COLUMNS", "160")
-    with console_progress("speech") as show:
+    with console_progress("preparing speech") as show:
         for shards in range(1, 4):
             show(after(shards))
     shown = terminal.getvalue()
