@@ -34,9 +34,11 @@ def decode_image(content: bytes) -> Tensor:
         raise DecodeError(f"not decodable as an image: {error}") from error
 
 
-def view_image(pixels: Tensor, data: DataConfig, generator: np.random.Generator | None) -> Tensor:
+def view_image(
+    pixels: Tensor, data: DataConfig, generator: np.random.Generator | None, out: Tensor | None = None
+) -> Tensor:
     """Resize, crop and mirror by ``data``: uint8 ``(3, height, width)`` → float32 ``(3, image_size, image_size)`` in
-    [0, 1].
+    [0, 1], written into ``out`` if it is given.
 
     The shorter side becomes ``data.resize`` (or ``image_size``), antialiased. With a generator the crop's place and the
     mirroring are drawn where ``data`` asks for it; without one it is the centre crop of evaluation.
@@ -44,15 +46,15 @@ def view_image(pixels: Tensor, data: DataConfig, generator: np.random.Generator 
     side = data.image_size
     shorter = data.resize or side
     height, width = pixels.shape[1:]
-    view = pixels.to(torch.float32) / 255
     if min(height, width) != shorter:
         scale = shorter / min(height, width)
         height, width = max(shorter, round(height * scale)), max(shorter, round(width * scale))
-        view = functional.interpolate(view[None], size=(height, width), mode="bilinear", antialias=True)[0].clamp_(0, 1)
+        # As bytes: no value is off by more than the one level that rounding takes, and it costs a fifth of the time.
+        pixels = functional.interpolate(pixels[None], size=(height, width), mode="bilinear", antialias=True)[0]
     top, left = (height - side) // 2, (width - side) // 2
     if generator is not None and data.random_crop:
         top, left = int(generator.integers(height - side + 1)), int(generator.integers(width - side + 1))
-    view = view[:, top : top + side, left : left + side]
+    view = pixels[:, top : top + side, left : left + side]
     if generator is not None and data.flip and generator.random() < 0.5:
         view = view.flip(2)
-    return view.contiguous()
+    return torch.div(view.contiguous(), 255, out=out)

@@ -10,6 +10,7 @@ and cuts the mean run from 14.7 to 7.8 frames at 8 rows.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, model_validator
@@ -67,16 +68,20 @@ def span_mask(frames: int, config: MaskingConfig, generator: np.random.Generator
     return mask
 
 
-def draw_negatives(masked: int, negatives: int, generator: np.random.Generator) -> np.ndarray:
+def draw_negatives(
+    masked: int, negatives: int, generator: np.random.Generator, out: np.ndarray | None = None
+) -> np.ndarray:
     """Distractors of one clip: int64 ``(masked, negatives)``, row ``n`` uniform over the clip's other masked frames,
-    never ``n``.
+    never ``n``; written into ``out`` if it is given.
 
     The values count masked frames, not frames, so a distractor can't fall on padding or on an unmasked frame. With
     fewer than two masked frames there is nothing to draw from, and the result has no rows.
     """
-    if masked < 2:
-        return np.zeros((0, negatives), dtype=np.int64)
-    drawn = generator.integers(0, masked - 1, size=(masked, negatives), dtype=np.int64)
-    # Numbers from n on stand for their successors: what is left is uniform over all but n.
-    drawn += drawn >= np.arange(masked)[:, None]
-    return drawn
+    if out is None:
+        out = np.empty((masked if masked >= 2 else 0, negatives), dtype=np.int64)
+    if masked >= 2:
+        word: Any = np.uint16 if masked <= 1 << 16 else np.uint32  # small words take fewer random bits
+        drawn = generator.integers(0, masked - 1, size=(masked, negatives), dtype=word)
+        # Numbers from n on stand for their successors: what is left is uniform over all but n.
+        np.add(drawn, drawn >= np.arange(masked, dtype=word)[:, None], out=out, casting="unsafe")
+    return out

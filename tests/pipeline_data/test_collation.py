@@ -9,11 +9,8 @@ import numpy as np
 import pytest
 import soundfile
 import torch
-from PIL import Image
 
 from pipeline.data import DataConfig, ImageCollation, MaskingConfig, SampleReference, ShardedDataset, SpeechCollation
-from pipeline.data.audio import DecodeError, decode_audio, normalise
-from pipeline.data.image import decode_image, view_image
 from pipeline.data.randomness import sample_generator
 
 LAYERS = [(512, 10, 5), *[(512, 3, 2)] * 4, *[(512, 2, 2)] * 2]
@@ -66,67 +63,6 @@ def test_padding_is_zero_and_never_masked_nor_a_negative(speech_dataset: Path) -
         assert abs(clip.mean().item()) < 1e-3
         assert clip.std().item() == pytest.approx(1, abs=0.02)
     assert batch.seconds == pytest.approx(float(batch.lengths.sum()) / 16_000)
-
-
-def test_stereo_is_averaged_and_a_cut_file_is_an_error() -> None:
-    target = io.BytesIO()
-    left, right = np.full(800, 0.5), np.full(800, -0.25)
-    soundfile.write(target, np.stack([left, right], axis=1), 16_000, "PCM_16", format="WAV")
-    assert decode_audio(target.getvalue()) == pytest.approx(0.125, abs=1e-4)
-    with pytest.raises(DecodeError, match="ends after 800 of 900"):
-        decode_audio(target.getvalue(), 0, 900)
-    with pytest.raises(DecodeError, match="not decodable as audio"):
-        decode_audio(b"no sound")
-
-
-def test_normalising_silence_is_silence() -> None:
-    assert not normalise(np.full(100, 0.25, dtype=np.float32)).any()
-
-
-def jpeg(image: Image.Image, form: str = "JPEG") -> bytes:
-    target = io.BytesIO()
-    image.save(target, form)
-    return target.getvalue()
-
-
-def test_decoders_agree_and_the_fallback_reads_what_torchvision_refuses(image_dataset: Path) -> None:
-    content = ShardedDataset(image_dataset).read(0).content
-    with Image.open(io.BytesIO(content)) as image:
-        reference = np.array(image.convert("RGB")).astype(int)
-    assert np.abs(decode_image(content).permute(1, 2, 0).numpy() - reference).max() <= 4
-    red = Image.new("RGB", (20, 10), (200, 30, 30))
-    cmyk = decode_image(jpeg(red.convert("CMYK")))
-    assert cmyk.shape == (3, 10, 20)
-    assert cmyk[0].float().mean() > 150
-    assert cmyk[1].float().mean() < 80
-    assert decode_image(jpeg(Image.new("L", (9, 8), 77)))[1, 4, 4] == 77
-    transparent = decode_image(jpeg(Image.new("RGBA", (9, 8), (0, 0, 0, 0)), "PNG"))
-    assert transparent.min() == 255
-    with pytest.raises(DecodeError, match="not decodable as an image"):
-        decode_image(b"\xff\xd8 no picture")
-
-
-def test_the_view_follows_the_policy() -> None:
-    rows, columns = torch.meshgrid(torch.arange(40), torch.arange(60), indexing="ij")
-    pixels = torch.stack([rows, columns, rows + columns]).to(torch.uint8)
-    centre = view_image(pixels, DataConfig(image_size=40, random_crop=False, flip=False), None)
-    assert centre.shape == (3, 40, 40)
-    assert torch.equal((centre[1] * 255).round()[0], torch.arange(10, 50).float())
-    corners = set()
-    for index in range(40):
-        data = DataConfig(image_size=32, resize=40)
-        view = view_image(pixels, data, sample_generator(0, 0, index, "augment"))
-        columns_seen = (view[1] * 255).round()[0]
-        mirrored = bool(columns_seen[0] > columns_seen[-1])
-        assert len(columns_seen) == 32
-        corners.add((int((view[0] * 255).round()[0, 0]), int(columns_seen.min()), mirrored))
-    assert len({top for top, _, _ in corners}) > 4
-    assert len({left for _, left, _ in corners}) > 8
-    assert {mirrored for _, _, mirrored in corners} == {True, False}
-    small = view_image(pixels, DataConfig(image_size=64), None)
-    assert small.shape == (3, 64, 64)
-    assert small.min() >= 0
-    assert small.max() <= 1
 
 
 def test_images_are_labelled_and_counted(image_dataset: Path) -> None:
