@@ -62,7 +62,7 @@ class ShardCache:
             raise ValueError(f"data.cache_gigabytes={gigabytes}: use a number above 0, such as {DEFAULT_GIGABYTES:g}")
         self.folder = default_cache() if folder is None else Path(folder)
         self.limit = int(gigabytes * 1e9)
-        self._downloads: dict[str, Future[None]] = {}
+        self._downloads: dict[str, tuple[Future[None], bool]] = {}  # by hash; whether someone waits for it
         self._starting = Lock()
         self._pools: dict[bool, ThreadPoolExecutor] = {}  # of downloads that someone waits for, and of the others
 
@@ -107,17 +107,18 @@ class ShardCache:
 
     def _start(self, store: Folder, file: RemoteFile, urgent: bool) -> Future[None]:
         with self._starting:
-            future = self._downloads.get(file.sha256)
-            if future is not None and not (urgent and future.cancel()):  # what nobody has begun yet goes to the front
-                return future
+            future, waited_for = self._downloads.get(file.sha256, (None, False))
+            if future is not None and (waited_for or not (urgent and future.cancel())):
+                return future  # but what nobody waited for yet and is not begun goes to the front
             if urgent not in self._pools:
                 self._pools[urgent] = ThreadPoolExecutor(_DOWNLOADS, thread_name_prefix="tessera-download")
-            future = self._downloads[file.sha256] = self._pools[urgent].submit(self._download, store, file)
+            future = self._pools[urgent].submit(self._download, store, file)
+            self._downloads[file.sha256] = future, urgent
         future.add_done_callback(lambda done: self._forget(file, done))
         return future
 
     def _forget(self, file: RemoteFile, done: Future[None]) -> None:
-        if self._downloads.get(file.sha256) is done:
+        if self._downloads.get(file.sha256, (None, False))[0] is done:
             del self._downloads[file.sha256]
 
     def _wait(self, store: Folder, file: RemoteFile, download: Future[None]) -> None:
