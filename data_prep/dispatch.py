@@ -61,7 +61,7 @@ def write_shards(job: Job, tasks: list[ShardTask], workers: int | None, ray_addr
 
     from pipeline.ray_session import RayWatch, ray_session
 
-    with ray_session(ray_address) as resources:
+    with ray_session(ray_address, cpus=workers) as resources:
         watch = RayWatch(head_returns=ray_address is not None)
         remote = ray.remote(_write).options(max_retries=0)
         queue, retries = deque(tasks), _Retries(job)

@@ -36,7 +36,8 @@ class PreparationProgress:
     reused_bytes: int
     refused: int
     elapsed_seconds: float  # since this run began to write
-    idle_seconds: float = 0.0  # since the last file was done
+    idle_seconds: float = 0.0  # since the last file was done,
+    idle_at: str = ""  # and one of those that are waited for
 
     @property
     def files_per_second(self) -> float:
@@ -76,7 +77,8 @@ class PreparationProgress:
         else:
             left = f"{duration(self.seconds_left)} left"
         if self.idle_seconds >= IDLE_SECONDS and self.shards_done < self.shards:
-            left += f", no file done for {duration(self.idle_seconds)}"
+            at = f", at {self.idle_at}" if self.idle_at else ""
+            left += f", no file done for {duration(self.idle_seconds)}{at}"
         return f"{self.files_per_second:.0f} files/s, {self.bytes_per_second / 1e6:.1f} MB/s, {left}"
 
     def line(self) -> str:
@@ -157,6 +159,7 @@ class Tally:
             refused=self._refused,
             elapsed_seconds=now - self._began,
             idle_seconds=now - self._moved,
+            idle_at=next((task.files[place].name for task, place in under_way if 0 < place < len(task.files)), ""),
         )
 
 

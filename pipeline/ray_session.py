@@ -19,6 +19,7 @@ from contextlib import contextmanager
 OBJECT_STORE_BYTES = 200 * 1024 * 1024  # file contents never go through Ray, so a small store will do
 HEAD_SECONDS = 30.0
 KNOCK_SECONDS = 3.0
+KNOCK_EVERY = 0.5  # seconds
 
 
 @contextmanager
@@ -85,6 +86,7 @@ class RayWatch:
         self._patience = HEAD_SECONDS if head_returns else 0.0
         self._ports: dict[str, tuple[str, int]] = {}
         self._away_since: float | None = None
+        self._knocked = 0.0
         if ray.util.client.ray.is_connected():  # "ray://": its calls fail by themselves when the proxy is gone
             return
         context = ray.get_runtime_context()
@@ -96,6 +98,9 @@ class RayWatch:
 
     def check(self) -> None:
         """Raise ``ConnectionError`` naming what is gone and what would do."""
+        if time.monotonic() - self._knocked < KNOCK_EVERY:
+            return
+        self._knocked = time.monotonic()
         gone = [part for part, place in self._ports.items() if not _answers(place)]
         if not gone:
             self._away_since = None

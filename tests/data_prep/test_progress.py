@@ -31,7 +31,8 @@ def test_rate_and_time_left_are_of_this_run() -> None:
         "10 s left"
     )
     assert after(4).line().endswith("done in 15 s")
-    assert "no file done for 1 min 30 s" in replace(after(2), idle_seconds=90.0).line()
+    idle = replace(after(2), idle_seconds=90.0, idle_at="speaker/clip.mp3")
+    assert idle.line().endswith("10 s left, no file done for 1 min 30 s, at speaker/clip.mp3")
     assert [duration(seconds) for seconds in (0.4, 200, 18_430)] == ["0 s", "3 min 20 s", "5 h 07 min"]
 
 
