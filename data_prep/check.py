@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from pipeline.data.audio import DecodeError, decode_audio
+from pipeline.data.audio import DecodeError, read_audio
 from pipeline.data.config import SAMPLE_RATE
 
 SHORTEST_SECONDS = 0.1  # four frames of the speech encoder: less can't be masked
@@ -46,14 +46,8 @@ def check_file(kind: str, content: bytes, image_size: int | None) -> CheckedSamp
 
 def check_speech(content: bytes) -> CheckedSample:
     """Speech as 16 kHz mono: FLAC and WAV of that form are kept, the rest is averaged, resampled and stored as FLAC."""
-    import soundfile
-
     try:
-        with soundfile.SoundFile(io.BytesIO(content)) as file:
-            form, rate, channels = file.format, file.samplerate, file.channels
-        waveform = decode_audio(content)
-    except soundfile.LibsndfileError as error:
-        raise Refused(f"not decodable as audio: {error.error_string}") from error
+        waveform, rate, channels, form = read_audio(content)
     except DecodeError as error:
         raise Refused(str(error)) from error
     if not np.isfinite(waveform).all():

@@ -8,15 +8,12 @@ owner and time 0.
 from __future__ import annotations
 
 import hashlib
-import io
 import json
 import os
 import shutil
-import tarfile
 from collections import Counter
 from collections.abc import Callable, Collection
 from pathlib import Path
-from typing import IO
 from uuid import uuid4
 
 import numpy as np
@@ -26,13 +23,14 @@ from data_prep.check import CheckedSample, Refused, check_file
 from data_prep.probe import crash_of
 from data_prep.shard_plan import Settings, ShardTask
 from data_prep.source import SourceFile
+from data_prep.tar import HashedTar
 from pipeline.data.config import SAMPLE_RATE
 from pipeline.data.index import RECORD, ShardIndex
 from pipeline.data.lengths import length_histogram
 from pipeline.data.manifest import ShardEntry, fsync_folder, write_whole
 
 RECORD_FOLDER = ".prepare"
-TAR_BLOCK = 512
+_AS_JSON = json.JSONEncoder(sort_keys=True, ensure_ascii=False).encode
 
 
 class Refusal(BaseModel):
@@ -56,26 +54,6 @@ class ShardRecord(BaseModel):
     refused: list[Refusal]
     lengths: list[int]  # speech: clips by length, see pipeline.data.lengths
     labels: dict[str, int]  # samples of each class
-
-
-class _HashingFile(io.RawIOBase):
-    """Writes through to a file and hashes what passes."""
-
-    def __init__(self, file: IO[bytes]) -> None:
-        self.digest = hashlib.sha256()
-        self.position = 0
-        self._file = file
-
-    def writable(self) -> bool:
-        return True
-
-    def write(self, content: bytes) -> int:  # type: ignore[override]  # tarfile writes bytes
-        self.digest.update(content)
-        self.position += len(content)
-        return self._file.write(content)
-
-    def tell(self) -> int:
-        return self.position
 
 
 def record_path(out: Path, task: ShardTask) -> Path:
@@ -142,24 +120,25 @@ def _write_in(
     refused: list[Refusal] = []
     labels: Counter[str] = Counter()
     with tar.open("xb") as file:
-        hashing = _HashingFile(file)
-        with tarfile.open(fileobj=hashing, mode="w", format=tarfile.USTAR_FORMAT) as archive:
-            for place, source in enumerate(task.files):
-                report(place)
-                try:
-                    sample = _checked(source, settings, place in suspects)
-                except Refused as error:
-                    refused.append(Refusal(path=source.name, reason=str(error), bytes=source.size))
-                    continue
-                metadata = describe(source, sample)
-                offset = _add(archive, hashing, f"{source.key}.{sample.suffix}", sample.content)
-                json_offset = _add(archive, hashing, f"{source.key}.json", metadata)
-                label = classes.get(source.label, -1)
-                sizes = (offset, len(sample.content), json_offset, len(metadata))
-                records.append((*sizes, sample.length, sample.width, sample.height, label))
-                keys.append(source.key)
-                if source.label:
-                    labels[source.label] += 1
+        archive = HashedTar(file)
+        for place, source in enumerate(task.files):
+            report(place)
+            try:
+                sample = _checked(source, settings, place in suspects)
+            except Refused as error:
+                refused.append(Refusal(path=source.name, reason=str(error), bytes=source.size))
+                continue
+            metadata = describe(source, sample)
+            offset, json_offset = archive.add(
+                [(f"{source.key}.{sample.suffix}", sample.content), (f"{source.key}.json", metadata)]
+            )
+            label = classes.get(source.label, -1)
+            sizes = (offset, len(sample.content), json_offset, len(metadata))
+            records.append((*sizes, sample.length, sample.width, sample.height, label))
+            keys.append(source.key)
+            if source.label:
+                labels[source.label] += 1
+        archive.finish()
         file.flush()
         os.fsync(file.fileno())
     entry, index_bytes = None, 0
@@ -169,8 +148,8 @@ def _write_in(
         length = sum(lengths)
         entry = ShardEntry(
             file=f"{task.stem}.tar",
-            sha256=hashing.digest.hexdigest(),
-            bytes=hashing.position,
+            sha256=archive.sha256.hexdigest(),
+            bytes=archive.size,
             index_sha256=hashlib.sha256(index).hexdigest(),
             samples=len(keys),
             seconds=round(length / SAMPLE_RATE, 6) if settings.kind == "speech" else 0.0,
@@ -218,15 +197,4 @@ def describe(source: SourceFile, sample: CheckedSample) -> bytes:
     """KEY.json: where the sample came from and what it is."""
     values = {"source": source.name, "label": source.label, "text": source.text} | sample.metadata
     kept = {name: value for name, value in values.items() if value != ""}
-    return json.dumps(kept, sort_keys=True, ensure_ascii=False).encode()
-
-
-def _add(archive: tarfile.TarFile, hashing: _HashingFile, name: str, content: bytes) -> int:
-    """Append a member and return where its bytes begin."""
-    header = tarfile.TarInfo(name)
-    header.size = len(content)
-    header.mtime = 0  # an int: a float would make tarfile add a PAX header
-    header.mode = 0o644
-    start = hashing.position + TAR_BLOCK
-    archive.addfile(header, io.BytesIO(content))
-    return start
+    return _AS_JSON(kept).encode()

@@ -67,7 +67,7 @@ def read_audio(content: bytes, start: int = 0, samples: int | None = None) -> Au
             if start:
                 file.seek(start)
             # libsndfile turns 16-bit WAV into float32 slower than NumPy does.
-            dtype = "int16" if file.subtype == "PCM_16" else "float32"
+            dtype = "int16" if (file.format, file.subtype) == ("WAV", "PCM_16") else "float32"
             waveform = file.read(wanted, dtype=dtype, always_2d=True)  # (samples, channels)
             header = (file.samplerate, file.channels, file.format)
     except soundfile.LibsndfileError as error:
