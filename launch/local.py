@@ -6,10 +6,16 @@ In: a recipe, overrides, a run folder, a number of ranks. Out: the exit code of 
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from types import FrameType
+
+from pipeline.training.checkpoint import checkpoint_name
+from pipeline.training.stop import RESUME_ME, SIGNALS
 
 
 def rank_environment(ranks: int) -> dict[str, str]:
@@ -28,12 +34,39 @@ def local_command(recipe: str, overrides: Sequence[str], run: Path, ranks: int) 
     ]
 
 
-def train_locally(recipe: str, overrides: Sequence[str], run: Path, ranks: int) -> int:
-    """Run :func:`local_command` to its end; a rank that dies ends the others."""
-    environment = os.environ | rank_environment(ranks)
-    process = subprocess.Popen(local_command(recipe, overrides, run, ranks), env=environment)
+def train_locally(recipe: str, overrides: Sequence[str], run: Path, ranks: int, steps: int) -> int:
+    """Train to ``steps`` and return the exit code; a rank that dies ends the others.
+
+    A signal to stop goes on to the ranks, which save their state: the code is :data:`pipeline.training.stop.RESUME_ME`
+    then.
+    """
+    # torchrun takes any code but 0 of a rank for a crash, and says so at length.
+    command = [*local_command(recipe, overrides, run, ranks), "--interrupted-code=0"]
+    process = subprocess.Popen(command, env=os.environ | rank_environment(ranks))
+    with _forwarded(process.pid) as stopped:
+        code = process.wait()
+    if (code == 0 or stopped) and not (run / "checkpoints" / checkpoint_name(steps)).is_dir():
+        return RESUME_ME
+    return code
+
+
+@contextmanager
+def _forwarded(launcher: int) -> Iterator[list[int]]:
+    """Within the block signals to stop go to the ranks and not to torchrun, which would give them 30 seconds; gives
+    those that came."""
+    import psutil
+
+    stopped: list[int] = []
+
+    def forward(number: int, _: FrameType | None) -> None:
+        stopped.append(number)
+        with suppress(psutil.NoSuchProcess):
+            for rank in psutil.Process(launcher).children():
+                rank.send_signal(signal.SIGTERM)
+
+    before = {number: signal.signal(number, forward) for number in SIGNALS}
     try:
-        return process.wait()
-    except KeyboardInterrupt:
-        process.terminate()
-        return process.wait()
+        yield stopped
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from launch import files, local
+from pipeline.training.stop import RESUME_ME
 
 
 def start_locally(recipe_name: str, overrides: Sequence[str], run: Path, ranks: int | None) -> int:
@@ -23,7 +24,9 @@ def start_locally(recipe_name: str, overrides: Sequence[str], run: Path, ranks: 
     ranks = ranks or _default_ranks()
     recipe = check_run(recipe_name, overrides, run, ranks)
     with Follow(run, recipe.training.steps, recipe.name):
-        code = local.train_locally(recipe_name, overrides, run, ranks)
+        code = local.train_locally(recipe_name, overrides, run, ranks, recipe.training.steps)
+    if code == RESUME_ME:
+        print(f"stopped before its end; the same command goes on from {run}")
     if code == 0:
         print(f"trained into {run}; next: tessera evaluate {run}, tessera report {run}")
     return code
@@ -74,7 +77,7 @@ def start(
 
 
 def check_run(recipe_name: str, overrides: Sequence[str], run: Path, ranks: int):
-    """The recipe, after everything that can refuse the run has been asked. Raises RecipeError or CheckpointError."""
+    """The recipe, after everything that can refuse the run has been asked. Raises RecipeError."""
     from pipeline.training.run_folder import Run
     from recipes.schema import load_recipe
 
@@ -85,7 +88,6 @@ def check_run(recipe_name: str, overrides: Sequence[str], run: Path, ranks: int)
         raise ValueError(f"--run {run} is a file: give a folder")
     folder = Run(run)
     folder.check_recipe(recipe)
-    folder.check_layout(recipe, ranks)
     return recipe
 
 

@@ -70,9 +70,13 @@ class Replacement:
         dead = {name: codes for name, codes in dead.items() if bool(codes.any())}
         if dead:
             self._replace(dead)
+        self.discard()
+        return {name: int(codes.sum()) for name, codes in dead.items()}
+
+    def discard(self) -> None:
+        """Forget the latents since the last step."""
         self._samples.clear()
         self._forwards.clear()
-        return {name: int(codes.sum()) for name, codes in dead.items()}
 
     def _replace(self, dead: dict[str, Tensor]) -> None:
         packed = []

@@ -100,6 +100,14 @@ class CodebookSync:
 
         return CodebookHealth(health)
 
+    def discard(self) -> CodebookHealth:
+        """Forget the statistics since the last step instead, of a step that the optimiser did not make."""
+        for quantizer in self.quantizers.values():
+            quantizer.discard_pending()
+        self.replacement.discard()
+        self._choose_watched()
+        return CodebookHealth(list)
+
     def _measurement(
         self, name: str, counts: Tensor | None, watched: Watched | None
     ) -> Callable[[], QuantizerHealth | None]:

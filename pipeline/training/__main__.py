@@ -10,6 +10,8 @@ import logging
 import os
 import sys
 
+from pipeline.training.stop import RESUME_ME, Interrupted
+
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m pipeline.training", description=__doc__)
@@ -17,6 +19,12 @@ def main() -> int:
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="dotted overrides")
     # torchrun takes --run for an abbreviation of its own --run-path, even behind the module's name.
     parser.add_argument("--run-dir", required=True, help="run folder; training starts where it left off")
+    parser.add_argument(
+        "--interrupted-code",
+        type=int,
+        default=RESUME_ME,
+        help="exit code of a run that a signal stopped and that can go on (default %(default)s)",
+    )
     arguments, unknown = parser.parse_known_intermixed_args()
     # DeepSpeed's runner appends --local_rank=N; the same number is in the environment.
     rest = [argument for argument in unknown if not argument.startswith("--local_rank")]
@@ -33,6 +41,10 @@ def main() -> int:
     except RecipeError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except Interrupted as stopped:
+        if os.environ.get("RANK", "0") == "0":
+            print(f"{stopped}: {arguments.run_dir} goes on when it is started again", file=sys.stderr)
+        return arguments.interrupted_code
     return 0
 
 

@@ -1,33 +1,35 @@
-"""Checkpoints that exist whole or not at all (design rule 7).
+"""Checkpoints that exist whole or not at all (design rule 7), in a form that any layout of ranks reads.
 
-In: a DeepSpeed engine and the step it has reached. Out: ``checkpoints/step-00001000/``, written beside under a hidden
-name, hashed, fsynced and renamed by rank 0; a folder without its ``manifest.json`` is not a checkpoint. May touch: the
-checkpoints folder.
+``checkpoints/step-00001000/`` holds ``rank-00000.safetensors`` …, each with the stretches of weights and moments that
+its rank kept (:mod:`pipeline.training.engine_state`), rank 0's with the buffers too, and copies of the recipe and the
+environment. ``manifest.json`` comes last, with every file's sha256; a folder without it is not a checkpoint.
+
+Random state is not in it: every draw is a function of the seed, the step and the sample.
 """
 
 from __future__ import annotations
 
 import hashlib
-import io
 import json
 import os
 import re
-import shutil
-from contextlib import redirect_stderr, redirect_stdout
+from collections import defaultdict
+from collections.abc import Mapping
+from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pydantic import BaseModel, ConfigDict
 
-from pipeline import collectives
-from pipeline.data.manifest import fsync_folder, write_whole
-
 if TYPE_CHECKING:
     import torch
     from deepspeed import DeepSpeedEngine
 
-FORMAT_VERSION = 1
+    from pipeline.training.engine_state import Piece
+
+FORMAT_VERSION = 2
 MANIFEST = "manifest.json"
+_BUFFER = "buffer"
 _NAME = re.compile(r"step-(\d{8})")
 
 
@@ -45,8 +47,14 @@ class CheckpointManifest(BaseModel):
     world_size: int
     zero_stage: int
     precision: str
+    loss: float | None
+    """Average since the log line before, if there was one."""
     data_fingerprint: str
     codebook_checksum: str
+    parameters: dict[str, list[int]]
+    """Name → shape."""
+    optimizer_steps: dict[str, float]
+    """Name → steps that the optimiser has made for it."""
     files: dict[str, tuple[int, str]]
     """Relative path → bytes, sha256."""
 
@@ -56,50 +64,19 @@ def checkpoint_name(step: int) -> str:
     return f"step-{step:08d}"
 
 
-def save_checkpoint(
-    engine: DeepSpeedEngine,
-    folder: Path,
-    step: int,
-    *,
-    data_fingerprint: str,
-    codebook_checksum: str,
-    zero_stage: int,
-    precision: str,
-    keep: int,
-) -> Path:
-    """Write the checkpoint of ``step`` with all ranks and drop all but the newest ``keep``.
+def rank_file(rank: int) -> str:
+    """Name of a rank's file."""
+    return f"rank-{rank:05d}.safetensors"
 
-    Returns the finished folder. Called by every rank; returns on all of them only when it is whole on disk.
-    """
-    target = folder / checkpoint_name(step)
-    partial = folder / f".partial-{checkpoint_name(step)}"
-    if collectives.rank() == 0:
-        folder.mkdir(parents=True, exist_ok=True)
-        for leftover in folder.glob(".partial-*"):
-            shutil.rmtree(leftover)
-    collectives.barrier()
-    engine.save_checkpoint(str(folder), tag=partial.name, client_state={"step": step}, save_latest=False)
-    collectives.barrier()
-    if collectives.rank() == 0:
-        manifest = CheckpointManifest(
-            format_version=FORMAT_VERSION,
-            step=step,
-            world_size=collectives.world_size(),
-            zero_stage=zero_stage,
-            precision=precision,
-            data_fingerprint=data_fingerprint,
-            codebook_checksum=codebook_checksum,
-            files={str(file.relative_to(partial)): _digest(file) for file in _files(partial)},
-        )
-        write_whole(partial / MANIFEST, manifest.model_dump_json(indent=1).encode())
-        if target.exists():  # the same step again, after a resume from an older checkpoint
-            shutil.rmtree(target)
-        partial.rename(target)
-        fsync_folder(folder)
-        for old in list_checkpoints(folder)[:-keep]:
-            shutil.rmtree(old)
-    collectives.barrier()
-    return target
+
+def piece_key(piece: Piece) -> str:
+    """Name of a piece in its rank's file."""
+    return f"{piece.part}/{piece.start}/{piece.name}"
+
+
+def buffer_key(name: str) -> str:
+    """Name of a buffer in rank 0's file."""
+    return f"{_BUFFER}/0/{name}"
 
 
 def list_checkpoints(folder: Path) -> list[Path]:
@@ -133,7 +110,7 @@ def find_damage(checkpoint: Path) -> str | None:
             return f"{file} is missing"
         if file.stat().st_size != size:
             return f"{file} has {file.stat().st_size} bytes, {size} were written"
-        if _digest(file)[1] != digest:
+        if digest_file(file)[1] != digest:
             return f"{file} has another sha256 than was written"
     return None
 
@@ -149,61 +126,105 @@ def find_latest(folder: Path) -> tuple[Path | None, list[str]]:
     return None, passed_over
 
 
-def check_layout(checkpoint: Path, world_size: int, zero_stage: int) -> CheckpointManifest:
-    """The manifest of a checkpoint that ``world_size`` ranks under ``zero_stage`` can load.
+class CheckpointReader:
+    """The pieces of a checkpoint put together again, read where they are needed. A context manager: it keeps the ranks'
+    files open."""
 
-    Raises :class:`CheckpointError` when another number of ranks or another stage wrote it.
+    def __init__(self, checkpoint: Path) -> None:
+        self.checkpoint = checkpoint
+        self.manifest = read_manifest(checkpoint)
+        self._stack = ExitStack()
+        self._pieces: dict[tuple[str, str], list[tuple[int, Any, str]]] = defaultdict(list)  # start, file, key
+
+    def __enter__(self) -> CheckpointReader:
+        from safetensors import safe_open
+
+        for rank in range(self.manifest.world_size):
+            file = self._stack.enter_context(safe_open(self.checkpoint / rank_file(rank), framework="pt"))
+            for key in file.keys():  # noqa: SIM118  # a safetensors file is no mapping
+                part, start, name = key.split("/", 2)
+                self._pieces[name, part].append((int(start), file, key))
+        for pieces in self._pieces.values():
+            pieces.sort(key=lambda piece: piece[0])
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stack.close()
+
+    def read(self, name: str, part: str, start: int, numel: int) -> torch.Tensor | None:
+        """As :class:`pipeline.training.engine_state.Source` wants it."""
+        import torch
+
+        if (name, part) not in self._pieces:
+            return None
+        values = torch.empty(numel, dtype=torch.float32)
+        missing = numel
+        for first, file, key in self._pieces[name, part]:
+            piece = file.get_slice(key)
+            begin, end = max(start, first), min(start + numel, first + piece.get_shape()[0])
+            if begin < end:
+                values[begin - start : end - start] = piece[begin - first : end - first]
+                missing -= end - begin
+        if missing:
+            raise CheckpointError(f"{self.checkpoint} lacks {missing} of {numel} values of {name} ({part})")
+        return values
+
+    def buffers(self) -> dict[str, torch.Tensor]:
+        """The model's buffers by name, as they were saved."""
+        return {
+            name: file.get_tensor(key)
+            for (name, part), pieces in self._pieces.items()
+            for _, file, key in pieces
+            if part == _BUFFER
+        }
+
+
+def load_checkpoint(engine: DeepSpeedEngine, checkpoint: Path) -> CheckpointManifest:
+    """Restore weights, optimiser and codebooks into ``engine``, bit for bit, whatever number of ranks and ZeRO stage
+    wrote them. Called by every rank.
+
+    Raises :class:`CheckpointError` when the checkpoint is of another model.
     """
-    manifest = read_manifest(checkpoint)
-    if manifest.world_size != world_size:
-        raise CheckpointError(
-            f"{checkpoint} was written by {manifest.world_size} ranks and {world_size} are here: "
-            f"resume with {manifest.world_size} ranks"
-        )
-    if manifest.zero_stage != zero_stage:
-        raise CheckpointError(
-            f"{checkpoint} was written with engine.zero_stage={manifest.zero_stage}, not {zero_stage}: "
-            f"resume with engine.zero_stage={manifest.zero_stage}"
-        )
-    return manifest
+    from pipeline.training.engine_state import load_state, parameter_shapes
 
-
-def load_checkpoint(engine: DeepSpeedEngine, checkpoint: Path, zero_stage: int) -> CheckpointManifest:
-    """Restore weights, optimiser and codebooks into ``engine``, bit for bit.
-
-    Raises :class:`CheckpointError` when the checkpoint was written by another number of ranks or another ZeRO stage.
-    """
-    manifest = check_layout(checkpoint, collectives.world_size(), zero_stage)
-    path, _ = engine.load_checkpoint(str(checkpoint.parent), tag=checkpoint.name)
-    if path is None:
-        raise CheckpointError(f"DeepSpeed found nothing to load in {checkpoint}")
+    with CheckpointReader(checkpoint) as reader:
+        manifest = reader.manifest
+        _check_model(checkpoint, manifest.parameters, parameter_shapes(engine.module))
+        load_state(engine, reader, reader.buffers(), manifest.optimizer_steps)
     return manifest
 
 
 def read_weights(checkpoint: Path) -> dict[str, torch.Tensor]:
     """The model's state dict in fp32 on the CPU: weights and codebook state, gathered from every rank's files."""
-    import torch
+    from pipeline.training.engine_state import WEIGHT
 
-    manifest = read_manifest(checkpoint)
-    states = sorted(checkpoint.glob("*model_states.pt"))
-    if manifest.zero_stage == 0:
-        # weights_only=False: DeepSpeed pickles its own settings beside the tensors; the files' hashes are ours.
-        return dict(torch.load(states[0], map_location="cpu", weights_only=False)["module"])
-    from pipeline.training.engine import import_deepspeed
-
-    import_deepspeed()
-    from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
-
-    said = io.StringIO()  # it prints its progress and a bar
-    with redirect_stdout(said), redirect_stderr(said):
-        return dict(get_fp32_state_dict_from_zero_checkpoint(str(checkpoint.parent), tag=checkpoint.name))
+    with CheckpointReader(checkpoint) as reader:
+        state = reader.buffers()
+        for name, shape in reader.manifest.parameters.items():
+            values = reader.read(name, WEIGHT, 0, _numel(shape))
+            if values is None:
+                raise CheckpointError(f"{checkpoint} lacks the weight {name}")
+            state[name] = values.view(shape)
+    return state
 
 
-def _files(folder: Path) -> list[Path]:
-    return sorted(path for path in folder.rglob("*") if path.is_file())
+def _check_model(checkpoint: Path, saved: Mapping[str, list[int]], here: Mapping[str, list[int]]) -> None:
+    for name in sorted({*saved, *here}):
+        if saved.get(name) != here.get(name):
+            raise CheckpointError(
+                f"{checkpoint} is of another model: {name} has shape {saved.get(name, 'none')} there and "
+                f"{here.get(name, 'none')} here; bring the recipe back that trained it"
+            )
 
 
-def _digest(file: Path) -> tuple[int, str]:
+def _numel(shape: list[int]) -> int:
+    numel = 1
+    for size in shape:
+        numel *= size
+    return numel
+
+
+def digest_file(file: Path) -> tuple[int, str]:
     """Size and sha256 of a file, which is fsynced on the way."""
     with file.open("rb") as stream:
         digest = hashlib.file_digest(stream, "sha256").hexdigest()

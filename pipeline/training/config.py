@@ -78,4 +78,9 @@ class TrainingConfig(BaseModel):
     log_every: int = Field(10, ge=1)
     checkpoint_every: int = Field(1000, ge=1)
     keep_checkpoints: int = Field(3, ge=1, description="how many of the newest checkpoints stay")
+    keep_every: int = Field(0, ge=0, description="checkpoints of every so many steps stay too; 0: none")
+    keep_best: bool = Field(False, description="the checkpoint with the least training loss stays too")
+    max_skipped: int = Field(
+        5, ge=1, description="steps in a row without a finite loss and gradient, which are skipped, that end the run"
+    )
     collective_timeout: int = Field(600, ge=10, description="seconds after which a missing peer is an error")

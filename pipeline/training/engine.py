@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from pipeline.training.config import EngineConfig
+from pipeline.training.guard import skip_bad_steps
 
 if TYPE_CHECKING:
     from deepspeed import DeepSpeedEngine
@@ -105,6 +106,8 @@ def build_engine(
     deepspeed = import_deepspeed()
     parameters = sum(parameter.numel() for parameter in model.parameters())
     settings = engine_settings(config, accumulation, parameters)
+    if config.zero_stage == 0:
+        skip_bad_steps(optimizer)
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=settings, dist_init_required=False)
     return engine
 

@@ -35,20 +35,22 @@ class StepMeter:
     def __init__(self) -> None:
         self._sums: dict[str, torch.Tensor] = {}
 
-    def add(self, output: StepOutput, targets: int) -> None:
-        """Add one micro-batch."""
+    def add(self, output: StepOutput, targets: int, *, counts: bool = True) -> None:
+        """Add one micro-batch; one that does not count, for it has no finite loss, adds its names only."""
         for name, value in output.losses.items():
-            self._add(f"loss/{name}", value.detach().double(), targets)
+            self._add(f"loss/{name}", value.detach().double(), targets, counts)
         for name, (numerator, denominator) in output.metrics.items():
-            self._add(f"metric/{name}", numerator.detach().double(), denominator)
+            self._add(f"metric/{name}", numerator.detach().double(), denominator, counts)
 
-    def _add(self, name: str, numerator: torch.Tensor, denominator: torch.Tensor | float) -> None:
+    def _add(self, name: str, numerator: torch.Tensor, denominator: torch.Tensor | float, counts: bool) -> None:
         pair = torch.stack(
             [
                 numerator.reshape(()),
                 torch.as_tensor(denominator, dtype=torch.float64, device=numerator.device).reshape(()),
             ]
         )
+        if not counts:
+            pair = torch.zeros_like(pair)
         self._sums[name] = self._sums[name] + pair if name in self._sums else pair
 
     def read(self) -> dict[str, float]:

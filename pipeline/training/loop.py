@@ -17,13 +17,16 @@ from pipeline import collectives
 from pipeline.codebooks import CodebookHealth, CodebookSync, initialise_codebooks
 from pipeline.data import SamplingPlan, ShardedDataset, build_loader
 from pipeline.models import build_collation, build_model
-from pipeline.training.checkpoint import CheckpointError, find_latest, load_checkpoint, save_checkpoint
+from pipeline.training.checkpoint import CheckpointError, find_latest, load_checkpoint
+from pipeline.training.checkpoint_writer import CheckpointWriter, Retention
 from pipeline.training.engine import build_engine, join_process_group
 from pipeline.training.environment import write_environment
+from pipeline.training.guard import SkipGuard
 from pipeline.training.log import AlarmLog, RunLog, StepMeter, last_attempt
 from pipeline.training.optimizer import build_optimizer
 from pipeline.training.run_folder import Run
 from pipeline.training.schedule import learning_rate_factor
+from pipeline.training.stop import Interrupted, StopRequest
 
 if TYPE_CHECKING:
     from deepspeed import DeepSpeedEngine
@@ -33,16 +36,13 @@ if TYPE_CHECKING:
 logger = logging.getLogger("tessera")
 
 
-class TrainingError(RuntimeError):
-    """Training can't go on; the message names the step and what was found."""
-
-
 def train(recipe: Recipe, run_dir: str | Path) -> Run:
     """Train ``recipe`` into ``run_dir`` on the ranks that exist, from the last whole checkpoint if there is one.
 
     Every rank calls it. Raises :class:`recipes.schema.RecipeError` for a recipe these ranks or this data can't run,
-    :class:`pipeline.training.checkpoint.CheckpointError` for a checkpoint they can't continue, :class:`TrainingError`
-    when the loss stops being a number.
+    :class:`pipeline.training.checkpoint.CheckpointError` for a checkpoint they can't continue or can't write,
+    :class:`pipeline.training.guard.TrainingError` when step after step has no finite gradient, and
+    :class:`pipeline.training.stop.Interrupted` when a signal asked to stop and the state is saved.
     """
     run = Run(run_dir)
     device = join_process_group(recipe.training.collective_timeout)
@@ -80,7 +80,7 @@ def train(recipe: Recipe, run_dir: str | Path) -> Run:
     engine = build_engine(model, optimizer, recipe.engine, accumulation)
     start = 0
     if checkpoint is not None:
-        manifest = load_checkpoint(engine, checkpoint, recipe.engine.zero_stage)
+        manifest = load_checkpoint(engine, checkpoint)
         if manifest.data_fingerprint != plan.fingerprint:
             raise CheckpointError(
                 f"{checkpoint} was trained on data {manifest.data_fingerprint}, the recipe now reads "
@@ -93,45 +93,64 @@ def train(recipe: Recipe, run_dir: str | Path) -> Run:
 
     log = RunLog(run.log_file, run.path / "tensorboard", attempt=last_attempt(run.log_file) + 1)
     write_environment(run.environment_file)
-    meter, alarm_log = StepMeter(), AlarmLog()
+    meter, alarm_log, guard = StepMeter(), AlarmLog(), SkipGuard(recipe.training.max_skipped)
+    retention = Retention(recipe.training.keep_checkpoints, recipe.training.keep_every, recipe.training.keep_best)
+    writer = CheckpointWriter(run.checkpoints, retention, beside=[run.recipe_file, run.environment_file])
+    retry_at, loss = 0, None
     loader = load(start)
     clock = time.perf_counter()
+
+    def facts() -> dict[str, Any]:
+        return {
+            "zero_stage": recipe.engine.zero_stage,
+            "precision": recipe.engine.precision,
+            "loss": loss,
+            "data_fingerprint": plan.fingerprint,
+            "codebook_checksum": sync.checksum(),
+        }
+
     try:
-        for step in range(start, recipe.training.steps):
-            micro_batches = next(loader)
-            targets = _count_targets(micro_batches, device)
-            _set_learning_rate(engine, recipe, step)
-            for batch in micro_batches:
-                _seed_micro_batch(recipe.seed, step, batch.number)
-                output = engine(batch.to(device))
-                meter.add(output, batch.targets)
-                _backward(engine, output.losses, targets, step, batch.keys)
-                engine.step()  # acts at the last micro-batch: all-reduce, clip, optimiser
-            health = sync.step()
-            done = step + 1
-            if done % recipe.codebooks.check_every == 0:
-                sync.check_ranks_agree()
-            if done % recipe.training.log_every == 0 or done == recipe.training.steps:
-                values = meter.read() | health.summary() | _progress(engine, plan, done)
-                _check_finite(values, done)
-                now = time.perf_counter()
-                warnings = _warn(alarm_log, health) if done % recipe.training.log_every == 0 else {}
-                log.write(done, values | {"seconds": now - clock, "data_wait": loader.wait_seconds} | warnings)
-                clock, loader.wait_seconds = now, 0.0
-            if done % recipe.training.checkpoint_every == 0 or done == recipe.training.steps:
-                save_checkpoint(
-                    engine,
-                    run.checkpoints,
-                    done,
-                    data_fingerprint=plan.fingerprint,
-                    codebook_checksum=sync.checksum(),
-                    zero_stage=recipe.engine.zero_stage,
-                    precision=recipe.engine.precision,
-                    keep=recipe.training.keep_checkpoints,
+        with StopRequest() as stop:
+            for step in range(start, recipe.training.steps):
+                micro_batches = next(loader)
+                targets, stopping, writing = _sum_over_ranks(
+                    [sum(batch.targets for batch in micro_batches), bool(stop.signal_name), writer.busy], device
                 )
+                if writer.pending and not writing and not writer.commit():
+                    retry_at = step + max(1, recipe.training.checkpoint_every // 10)
+                if stopping:
+                    if step > start or checkpoint is None:
+                        writer.save_and_wait(engine, step, facts())
+                    raise Interrupted(f"stopped by {stop.signal_name or 'a signal to another rank'} after step {step}")
+                _set_learning_rate(engine, recipe, step)
+                for batch in micro_batches:
+                    _seed_micro_batch(recipe.seed, step, batch.number)
+                    output = engine(batch.to(device))
+                    meter.add(output, batch.targets, counts=guard.looks_finite(output.losses, batch.keys))
+                    _backward(engine, output.losses, targets)
+                    engine.step()  # acts at the last micro-batch: all-reduce, clip, optimiser
+                applied = engine.was_step_applied()  # the same on every rank: ZeRO looks at the joint gradient
+                guard.note(step, applied, micro_batches)
+                health = sync.step() if applied else sync.discard()
+                done = step + 1
+                if done % recipe.codebooks.check_every == 0:
+                    sync.check_ranks_agree()
+                if done % recipe.training.log_every == 0 or done == recipe.training.steps:
+                    values = meter.read() | health.summary() | _progress(engine, plan, done)
+                    loss = values.get("loss")
+                    now = time.perf_counter()
+                    warnings = _warn(alarm_log, health) if done % recipe.training.log_every == 0 else {}
+                    times = {"seconds": now - clock, "data_wait": loader.wait_seconds, "skipped": guard.read()}
+                    log.write(done, values | times | warnings)
+                    clock, loader.wait_seconds = now, 0.0
+                if done == recipe.training.steps:
+                    writer.save_and_wait(engine, done, facts())
+                elif done % recipe.training.checkpoint_every == 0 or done == retry_at:
+                    writer.save(engine, done, facts())
     finally:
         loader.close()
         log.close()
+        writer.close()
     return run
 
 
@@ -180,10 +199,10 @@ def _seed_micro_batch(seed: int, step: int, number: int) -> None:
     torch.manual_seed((seed * 1_000_003 + step) * 65_537 + number & 0x7FFF_FFFF_FFFF_FFFF)
 
 
-def _count_targets(micro_batches: list[Any], device: torch.device) -> int:
-    """Targets of the whole step over all ranks: the one denominator of every loss (design rule 3)."""
-    count = torch.tensor([sum(batch.targets for batch in micro_batches)], dtype=torch.int64, device=device)
-    return int(collectives.all_reduce_sum(count))
+def _sum_over_ranks(values: list[int], device: torch.device) -> list[int]:
+    """A step's only exchange beside gradients and codebooks. The targets of the whole step are the one denominator of
+    every loss (design rule 3); the rest are ranks that say yes to a question."""
+    return collectives.all_reduce_sum(torch.tensor(values, dtype=torch.int64, device=device)).tolist()
 
 
 def _set_learning_rate(engine: DeepSpeedEngine, recipe: Recipe, step: int) -> None:
@@ -192,18 +211,13 @@ def _set_learning_rate(engine: DeepSpeedEngine, recipe: Recipe, step: int) -> No
         group["lr"] = rate
 
 
-def _backward(
-    engine: DeepSpeedEngine, losses: dict[str, torch.Tensor], targets: int, step: int, keys: list[str]
-) -> None:
+def _backward(engine: DeepSpeedEngine, losses: dict[str, torch.Tensor], targets: int) -> None:
     """Backward of the summed losses over the global number of targets.
 
     DeepSpeed averages gradients over ranks and would divide by the accumulation steps: the factor undoes the first and
     ``scale_wrt_gas`` the second, which leaves sum / targets exactly.
     """
     loss = torch.stack([value.float() for value in losses.values()]).sum()
-    if not torch.isfinite(loss):
-        parts = ", ".join(f"{name}={float(value)}" for name, value in losses.items())
-        raise TrainingError(f"step {step}: the loss is not a number ({parts}) on samples {', '.join(keys)}")
     engine.backward(loss * (collectives.world_size() / targets), scale_wrt_gas=False)
 
 
@@ -223,10 +237,3 @@ def _warn(alarm_log: AlarmLog, health: CodebookHealth) -> dict[str, list[str]]:
         for message in messages:
             logger.warning("%s", message)
     return {"warnings": messages} if messages else {}
-
-
-def _check_finite(values: dict[str, float], done: int) -> None:
-    if values["grad_norm"] in (float("inf"), float("-inf")):
-        raise TrainingError(
-            f"step {done}: the gradient norm is infinite: lower optimizer.learning_rate or set engine.gradient_clipping"
-        )

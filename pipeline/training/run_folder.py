@@ -10,7 +10,7 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pipeline.training.checkpoint import CheckpointError, check_layout, find_latest, list_checkpoints
+from pipeline.training.checkpoint import CheckpointError, find_latest, list_checkpoints
 
 if TYPE_CHECKING:
     from recipes.schema import Recipe
@@ -82,12 +82,6 @@ class Run:
             raise RecipeError(
                 f"{self.path} was trained by another recipe:\n{lines}\nchange these back, or give another --run folder"
             )
-
-    def check_layout(self, recipe: Recipe, ranks: int) -> None:
-        """Raise CheckpointError unless ``ranks`` ranks under the recipe's ZeRO stage can load the latest checkpoint."""
-        checkpoints = self.list_checkpoints()
-        if checkpoints:
-            check_layout(checkpoints[-1], ranks, recipe.engine.zero_stage)
 
     def environment(self) -> dict[str, Any]:
         """Versions, hosts and process ids of the last start."""

@@ -147,7 +147,8 @@ def train_under_the_engine(cases, folder):
 
 def train_case(stage, precision, folder):
     from pipeline import collectives
-    from pipeline.training.checkpoint import load_checkpoint, read_weights, save_checkpoint
+    from pipeline.training.checkpoint import checkpoint_name, load_checkpoint, read_weights
+    from pipeline.training.checkpoint_writer import CheckpointWriter, Retention
     from pipeline.training.config import EngineConfig
     from pipeline.training.engine import engine_settings, import_deepspeed
 
@@ -193,14 +194,17 @@ def train_case(stage, precision, folder):
     result["state"], result["codebooks"] = whole_state(module), codebooks(module)
     result["outside"] = outside_of_forward(module)
 
-    saved = {"folder": folder, "data_fingerprint": "", "codebook_checksum": sync.checksum(), "keep": 1}
-    checkpoint = save_checkpoint(engine, step=STEPS, zero_stage=stage, precision=precision, **saved)
+    facts = {"data_fingerprint": "", "codebook_checksum": sync.checksum(), "loss": None}
+    CheckpointWriter(folder, Retention(1)).save_and_wait(
+        engine, STEPS, {"zero_stage": stage, "precision": precision, **facts}
+    )
+    checkpoint = folder / checkpoint_name(STEPS)
     result["checksums"] = [sync.checksum()]
     advance(engine, sync, range(STEPS, STEPS + LATER))
     result["later"] = whole_state(module)
 
     engine, sync, _ = start(1)  # other weights, other codebooks
-    load_checkpoint(engine, checkpoint, stage)
+    load_checkpoint(engine, checkpoint)
     result["checksums"].append(sync.checksum())
     result["restored"] = whole_state(engine.module)
     advance(engine, sync, range(STEPS, STEPS + LATER))

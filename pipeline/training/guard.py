@@ -1,0 +1,97 @@
+"""Steps whose loss or gradient is not a number: skipped on all ranks together, counted, and in the end an error.
+
+In: each micro-batch's losses and whether the engine made its step. Out: a count for the log, or :class:`TrainingError`
+with the samples' keys. ZeRO 1–3 skip a step whose joint gradient is not finite; :func:`skip_bad_steps` gives ZeRO 0 the
+same. A rank that stopped by itself would leave the others waiting.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pipeline import collectives
+
+logger = logging.getLogger("tessera")
+
+NAMED_KEYS = 20
+"""Samples that an error names, at most."""
+
+
+class TrainingError(RuntimeError):
+    """Training can't go on; the message names the step and what was found."""
+
+
+class SkipGuard:
+    """Counts skipped steps and ends the run after ``most`` in a row; every rank has one."""
+
+    def __init__(self, most: int) -> None:
+        self.most = most
+        self._in_a_row = 0
+        self._since_read = 0
+        self._keys: list[str] = []  # of micro-batches whose loss was not finite, since the last good step
+        self._losses: dict[str, float] = {}
+
+    def looks_finite(self, losses: Mapping[str, Tensor], keys: Sequence[str]) -> bool:
+        """Whether all losses of a micro-batch are numbers; remembers its samples if not."""
+        values = torch.stack([value.detach().float() for value in losses.values()])
+        if bool(torch.isfinite(values).all()):
+            return True
+        self._keys += keys
+        self._losses = dict(zip(losses, values.tolist(), strict=True))
+        return False
+
+    def note(self, step: int, applied: bool, micro_batches: Sequence[Any]) -> None:
+        """What became of a step, the same on every rank. Raises :class:`TrainingError` on every rank when it was the
+        last straw."""
+        if applied:
+            self._in_a_row = 0
+            self._keys.clear()
+            self._losses.clear()
+            return
+        self._in_a_row += 1
+        self._since_read += 1
+        if collectives.rank() == 0:
+            logger.warning("step %d skipped: its loss or gradient is not finite", step)
+        if self._in_a_row < self.most:
+            return
+        found = collectives.all_gather_objects((self._keys, self._losses))
+        keys = list(dict.fromkeys(key for of_rank, _ in found for key in of_rank))
+        losses = {name: value for _, of_rank in found for name, value in of_rank.items()}
+        what = f"the loss is not finite ({', '.join(f'{name}={value}' for name, value in losses.items())})"
+        if not keys:  # every loss was a number, and its gradient was not
+            what = "the gradient is not finite"
+            of_step = collectives.all_gather_objects([key for batch in micro_batches for key in batch.keys])
+            keys = [key for of_rank in of_step for key in of_rank]
+        named = ", ".join(keys[:NAMED_KEYS]) + (f" and {len(keys) - NAMED_KEYS} more" if len(keys) > NAMED_KEYS else "")
+        raise TrainingError(
+            f"step {step}: {what}, {self._in_a_row} steps in a row, on samples {named}: look at these, lower "
+            "optimizer.learning_rate or set engine.gradient_clipping; training goes on from the last checkpoint"
+        )
+
+    def read(self) -> int:
+        """Steps skipped since the last call."""
+        count, self._since_read = self._since_read, 0
+        return count
+
+
+def skip_bad_steps(optimizer: torch.optim.Optimizer) -> None:
+    """Let a plain torch optimiser pass over a step whose gradient is not finite, and say so as ZeRO's do: by
+    ``overflow``. Gradients must be summed over ranks by then, so that all ranks do the same."""
+    made = optimizer.step
+
+    def step(closure: Any = None) -> Any:
+        gradients = [
+            parameter.grad
+            for group in optimizer.param_groups
+            for parameter in group["params"]
+            if parameter.grad is not None
+        ]
+        optimizer.overflow = not bool(torch.isfinite(torch.nn.utils.get_total_norm(gradients)))  # type: ignore[attr-defined]
+        return None if optimizer.overflow else made(closure)  # type: ignore[attr-defined]
+
+    optimizer.step = step  # type: ignore[method-assign]
