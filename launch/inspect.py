@@ -73,7 +73,7 @@ def _run(path: Path) -> dict[str, Any]:
         "recipe": recipe.name,
         "model": recipe.model.kind,
         "quantizer": recipe.quantizer.kind,
-        "data": recipe.data.path,
+        "data": ", ".join(str(source.path) for source in recipe.data.sources) or None,
         "steps": f"{log[-1]['step'] if log else 0} of {recipe.training.steps}",
         "starts": log[-1]["attempt"] if log else 0,
         "checkpoints": ", ".join(checkpoint.name for checkpoint in run.list_checkpoints()) or "none",

@@ -65,7 +65,7 @@ def print_plan(recipe_name: str, overrides: Sequence[str], ranks: int, console: 
     table.add_column(style="bold")
     table.add_column()
     _add_model(table, recipe, build_model(recipe.model, recipe.quantizer), ranks)
-    if recipe.data.path is None:
+    if not recipe.data.sources:
         table.add_row("data", "not given: add data.path=FOLDER to see samples, steps an epoch and padding")
     else:
         recipe.check_data()
@@ -96,23 +96,26 @@ def _add_model(table: Table, recipe: Recipe, model: nn.Module, ranks: int) -> No
 
 
 def _add_data(table: Table, recipe: Recipe, ranks: int) -> None:
-    from pipeline.data import SamplingPlan, ShardedDataset
+    from pipeline.data import SamplingPlan, open_data
 
-    dataset = ShardedDataset(recipe.data_folder, recipe.data.split)
+    dataset = open_data(recipe.data)
     plan = SamplingPlan(dataset, recipe.batch, recipe.data, recipe.seed)
-    epochs = recipe.training.steps / plan.steps_per_epoch
-    table.add_row("data", f"{recipe.data.path}, split {recipe.data.split}")
-    if dataset.kind == "speech":
-        seconds = dataset.manifest.splits[dataset.split].seconds
-        short = f"; {plan.skipped} too short for the plan" if plan.skipped else ""
-        table.add_row("  clips", f"{len(dataset):,}, {seconds / 3600:.2f} h{short}")
-        table.add_row("  padding", f"{plan.padding_share:.1%} of the padded seconds")
-    else:
-        table.add_row("  images", f"{len(dataset):,}")
+    epochs = plan.epochs(recipe.training.steps)
+    for place, (source, stream) in enumerate(zip(dataset.sources, plan.streams, strict=True)):
+        table.add_row("data", f"{source.path}, split {source.split}")
+        if source.kind == "speech":
+            seconds = source.manifest.splits[source.split].seconds
+            short = f"; {stream.skipped} too short for the plan" if stream.skipped else ""
+            table.add_row("  clips", f"{len(source):,}, {seconds / 3600:.2f} h{short}")
+            table.add_row("  padding", f"{stream.padding_share:.1%} of the padded seconds")
+        else:
+            table.add_row("  images", f"{len(source):,}")
+        if len(epochs) > 1:
+            table.add_row("  its part", f"{plan.shares[place]:.1%} of the micro-batches, {epochs[place]:.2f} epochs")
     a_rank = recipe.batch.micro_batches // ranks
     table.add_row("a step", f"{recipe.batch.micro_batches} micro-batches, {a_rank} a rank")
     table.add_row("an epoch", f"{plan.micro_batches_per_epoch:,.1f} micro-batches, {plan.steps_per_epoch:.1f} steps")
-    table.add_row("the run", f"{recipe.training.steps:,} steps, {epochs:.2f} epochs")
+    table.add_row("the run", f"{recipe.training.steps:,} steps, {plan.epoch(recipe.training.steps):.2f} epochs")
 
 
 def _size(count: float) -> str:

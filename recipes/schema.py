@@ -15,7 +15,7 @@ from typing import Any, get_args
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from pipeline.data.config import BatchConfig, DataConfig
+from pipeline.data.config import BatchConfig, DataConfig, MixedData
 from pipeline.models.config import ModelConfig
 from pipeline.quantizers import Quantizer, QuantizerConfig
 from pipeline.quantizers.registry import KINDS
@@ -84,14 +84,14 @@ class Recipe(BaseModel):
         return self
 
     @property
-    def data_folder(self) -> Path:
-        """``data.path``; raises :class:`RecipeError` when it was not given."""
-        if self.data.path is None:
+    def data_sources(self) -> tuple[MixedData, ...]:
+        """The data sets of ``data.path`` or ``data.mix``; raises :class:`RecipeError` when neither was given."""
+        if not self.data.sources:
             noun = "images" if self.data_kind == "image" else "speech"
             raise RecipeError(
                 f"data.path is missing: add data.path=FOLDER, a folder made by `tessera prepare {noun} SOURCE FOLDER`"
             )
-        return self.data.path
+        return self.data.sources
 
     def check_ranks(self, ranks: int) -> None:
         """Raise :class:`RecipeError` unless ``ranks`` divides the step's micro-batches (design rule 1)."""
@@ -108,25 +108,28 @@ class Recipe(BaseModel):
             )
 
     def check_data(self) -> None:
-        """Raise :class:`RecipeError` unless ``data.path`` holds a prepared data set of this recipe's kind and split."""
+        """Raise :class:`RecipeError` unless ``data.path``, or each path of ``data.mix``, holds a prepared data set of
+        this recipe's kind and split.
+        """
         from pipeline.data.manifest import ManifestError, read_manifest
 
         noun = "images" if self.data_kind == "image" else "speech"
-        folder = self.data_folder
-        try:
-            manifest = read_manifest(folder)
-        except (OSError, ManifestError) as error:
-            raise RecipeError(f"data.path={folder}: {error}") from error
-        if manifest.kind != self.data_kind:
-            raise RecipeError(
-                f"data.path={folder} holds {manifest.kind} data, model.kind={self.model.kind} reads "
-                f"{self.data_kind} data: "
-                f"use a folder made by `tessera prepare {noun}`"
-            )
-        if self.data.split not in manifest.splits:
-            raise RecipeError(
-                f"data.split={self.data.split} is not in {folder}: use {_any_of(sorted(manifest.splits))}"
-            )
+        for place, source in enumerate(self.data_sources):
+            key = f"data.mix.{place}" if self.data.mix else "data"
+            try:
+                manifest = read_manifest(source.path)
+            except (OSError, ManifestError) as error:
+                raise RecipeError(f"{key}.path={source.path}: {error}") from error
+            if manifest.kind != self.data_kind:
+                raise RecipeError(
+                    f"{key}.path={source.path} holds {manifest.kind} data, model.kind={self.model.kind} reads "
+                    f"{self.data_kind} data: "
+                    f"use a folder made by `tessera prepare {noun}`"
+                )
+            if source.split not in manifest.splits:
+                raise RecipeError(
+                    f"{key}.split={source.split} is not in {source.path}: use {_any_of(sorted(manifest.splits))}"
+                )
 
     def to_yaml(self) -> str:
         """The recipe as YAML, each value in full; :func:`load_recipe` reads it back to an equal recipe."""

@@ -7,16 +7,20 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from pipeline.data.collation import ImageBatch, ImageCollation, SpeechBatch, SpeechCollation
-    from pipeline.data.config import BatchConfig, DataConfig
+    from pipeline.data.config import BatchConfig, DataConfig, MixedData
     from pipeline.data.dataset import ShardedDataset
     from pipeline.data.loader import build_loader, epoch_batches
     from pipeline.data.manifest import Manifest, ManifestError, read_manifest
     from pipeline.data.masking import MaskingConfig
-    from pipeline.data.plan import SampleReference, SamplingPlan
+    from pipeline.data.mixing import Mixture, open_data
+    from pipeline.data.plan import SamplingPlan
     from pipeline.data.randomness import sample_generator
+    from pipeline.data.stream import SampleReference
 
 __all__ = [
     "ShardedDataset",
+    "Mixture",
+    "open_data",
     "SamplingPlan",
     "SampleReference",
     "build_loader",
@@ -27,6 +31,7 @@ __all__ = [
     "ImageBatch",
     "BatchConfig",
     "DataConfig",
+    "MixedData",
     "MaskingConfig",
     "Manifest",
     "ManifestError",
@@ -36,8 +41,10 @@ __all__ = [
 
 _HOME = {
     "ShardedDataset": "dataset",
+    "Mixture": "mixing",
+    "open_data": "mixing",
     "SamplingPlan": "plan",
-    "SampleReference": "plan",
+    "SampleReference": "stream",
     "build_loader": "loader",
     "epoch_batches": "loader",
     "SpeechCollation": "collation",
@@ -46,6 +53,7 @@ _HOME = {
     "ImageBatch": "collation",
     "BatchConfig": "config",
     "DataConfig": "config",
+    "MixedData": "config",
     "MaskingConfig": "masking",
     "Manifest": "manifest",
     "ManifestError": "manifest",

@@ -17,10 +17,10 @@ from torch import Tensor
 
 from pipeline.data.audio import DecodeError, decode_audio, normalise
 from pipeline.data.config import SAMPLE_RATE, DataConfig
-from pipeline.data.dataset import ShardedDataset
 from pipeline.data.image import decode_image, view_image
 from pipeline.data.index import ShardError
 from pipeline.data.masking import MaskingConfig, conv_frames, draw_negatives, span_mask
+from pipeline.data.mixing import Data
 from pipeline.data.plan import SampleReference
 from pipeline.data.randomness import sample_generator
 
@@ -81,7 +81,7 @@ class Collation(Protocol):
     """What the loader calls for each micro-batch; raises :class:`SampleError` for the first sample that fails."""
 
     def __call__(
-        self, references: Sequence[SampleReference], dataset: ShardedDataset, step: int, number: int
+        self, references: Sequence[SampleReference], dataset: Data, step: int, number: int
     ) -> SpeechBatch | ImageBatch: ...
 
 
@@ -98,7 +98,7 @@ class SpeechCollation:
         self.seed = seed
 
     def __call__(
-        self, references: Sequence[SampleReference], dataset: ShardedDataset, step: int = 0, number: int = 0
+        self, references: Sequence[SampleReference], dataset: Data, step: int = 0, number: int = 0
     ) -> SpeechBatch:
         """The batch of these references, in their order."""
         clips = [self._clip(reference, dataset) for reference in references]
@@ -123,7 +123,7 @@ class SpeechCollation:
             mask=torch.from_numpy(mask),
             frame_lengths=torch.from_numpy(frame_lengths),
             negatives=torch.from_numpy(negatives),
-            keys=[dataset.keys(reference.index) for reference in references],
+            keys=[dataset.sources[reference.source].keys(reference.index) for reference in references],
             step=step,
             number=number,
             targets=int(mask.sum()),
@@ -135,16 +135,17 @@ class SpeechCollation:
         return conv_frames(samples, self.conv_layers)
 
     def _generator(self, reference: SampleReference, stream: str) -> np.random.Generator:
-        return sample_generator(self.seed, reference.epoch, reference.index, stream)
+        return sample_generator(self.seed, reference.epoch, reference.index, stream, reference.source)
 
-    def _clip(self, reference: SampleReference, dataset: ShardedDataset) -> np.ndarray:
-        length = int(dataset.lengths[reference.index])
+    def _clip(self, reference: SampleReference, dataset: Data) -> np.ndarray:
+        source = dataset.sources[reference.source]
+        length = source.length(reference.index)
         wanted = min(reference.limit or length, length)
         start = int(self._generator(reference, "crop").integers(length - wanted + 1))
         try:
-            waveform = decode_audio(dataset.read(reference.index).content, start, wanted)
+            waveform = decode_audio(source.read(reference.index).content, start, wanted)
         except (DecodeError, ShardError, OSError, ValueError) as error:
-            raise SampleError(reference, dataset.keys(reference.index), str(error)) from error
+            raise SampleError(reference, source.keys(reference.index), str(error)) from error
         return normalise(waveform) if self.data.normalise else waveform
 
 
@@ -157,25 +158,28 @@ class ImageCollation:
         self.augment = augment
 
     def __call__(
-        self, references: Sequence[SampleReference], dataset: ShardedDataset, step: int = 0, number: int = 0
+        self, references: Sequence[SampleReference], dataset: Data, step: int = 0, number: int = 0
     ) -> ImageBatch:
         """The batch of these references, in their order."""
         pixels = torch.stack([self._view(reference, dataset) for reference in references])
         return ImageBatch(
             pixels=pixels,
-            labels=torch.tensor([int(dataset.labels[reference.index]) for reference in references]),
-            keys=[dataset.keys(reference.index) for reference in references],
+            labels=torch.tensor([dataset.sources[each.source].label(each.index) for each in references]),
+            keys=[dataset.sources[reference.source].keys(reference.index) for reference in references],
             step=step,
             number=number,
             targets=pixels.numel(),
         )
 
-    def _view(self, reference: SampleReference, dataset: ShardedDataset) -> Tensor:
+    def _view(self, reference: SampleReference, dataset: Data) -> Tensor:
+        source = dataset.sources[reference.source]
         try:
-            image = decode_image(dataset.read(reference.index).content)
+            image = decode_image(source.read(reference.index).content)
         except (DecodeError, ShardError, OSError, ValueError) as error:
-            raise SampleError(reference, dataset.keys(reference.index), str(error)) from error
-        generator = sample_generator(self.seed, reference.epoch, reference.index, "augment") if self.augment else None
+            raise SampleError(reference, source.keys(reference.index), str(error)) from error
+        generator = None
+        if self.augment:
+            generator = sample_generator(self.seed, reference.epoch, reference.index, "augment", reference.source)
         return view_image(image, self.data, generator)
 
 

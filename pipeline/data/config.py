@@ -6,10 +6,24 @@ Pure pydantic, no torch: the schema and the command line read it without loading
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 SAMPLE_RATE = 16_000  # Hz; preparation resamples everything to it
+LENGTH_BIN = 1_600  # audio samples: clips are counted by length in steps of 0.1 s
+MAX_BINS = 6_000  # ten minutes: no clip is trained on that is longer
+MIX_TURNS = 1_000  # micro-batches in which a mixture's weights come true, exactly
+
+
+class MixedData(BaseModel):
+    """One data set of a mixture."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    path: Path = Field(description="folder made by `tessera prepare`")
+    split: str = Field("train", min_length=1, description="split of the data set to train on")
+    weight: float = Field(1.0, gt=0, allow_inf_nan=False, description="its share of the micro-batches, over the sum")
 
 
 class DataConfig(BaseModel):
@@ -19,9 +33,19 @@ class DataConfig(BaseModel):
 
     path: Path | None = Field(None, description="folder made by `tessera prepare`")
     split: str = Field("train", min_length=1, description="split of the data set to train on")
+    mix: tuple[MixedData, ...] = Field((), description="instead of path: several data sets, each with a weight")
 
+    shuffle: Literal["window", "full"] = Field(
+        "window", description="full shuffles all shards together, and holds a number for each sample in memory"
+    )
+    window_shards: int = Field(16, ge=1, description="shards that are shuffled together, and read at a time")
     min_seconds: float = Field(1.0, ge=0.1, description="speech: shorter clips are left out of training")
-    max_seconds: float = Field(15.6, gt=0, description="speech: longer clips are cropped, elsewhere each epoch")
+    max_seconds: float = Field(
+        15.6,
+        gt=0,
+        le=MAX_BINS * LENGTH_BIN / SAMPLE_RATE,
+        description="speech: longer clips are cropped, elsewhere each epoch",
+    )
     bucket_seconds: float = Field(0.5, gt=0, description="speech: clips of a length within this trade places")
     normalise: bool = Field(True, description="speech: each clip to zero mean and unit variance")
 
@@ -43,6 +67,40 @@ class DataConfig(BaseModel):
     def max_samples(self) -> int:
         """Crop length in audio samples."""
         return round(self.max_seconds * SAMPLE_RATE)
+
+    @property
+    def sources(self) -> tuple[MixedData, ...]:
+        """The data sets to read: those of the mixture, or the one at ``path``, or none."""
+        if self.mix or self.path is None:
+            return self.mix
+        return (MixedData(path=self.path, split=self.split),)
+
+    @model_validator(mode="after")
+    def _one_way_to_name_data(self) -> DataConfig:
+        if self.mix and self.path is not None:
+            raise ValueError(f"path={self.path} and mix can't both name the data: keep one of them")
+        if self.mix and self.split != "train":
+            raise ValueError(f"split={self.split} means nothing with mix: give each data set of mix its own split")
+        total = sum(each.weight for each in self.mix)
+        for place, each in enumerate(self.mix):
+            if each.weight * MIX_TURNS < total:
+                raise ValueError(
+                    f"mix.{place}.weight={each.weight:g} is less than one micro-batch in {MIX_TURNS} of all weights' "
+                    f"{total:g}: use {total / MIX_TURNS:g} or more, or leave {each.path} out"
+                )
+        return self
+
+    @model_validator(mode="after")
+    def _lengths_are_counted(self) -> DataConfig:
+        for name in ("min_seconds", "bucket_seconds"):
+            bins = getattr(self, name) * SAMPLE_RATE / LENGTH_BIN
+            if abs(bins - round(bins)) > 1e-6 or bins < 0.5:
+                near = max(1, round(bins)) * LENGTH_BIN / SAMPLE_RATE
+                raise ValueError(
+                    f"{name}={getattr(self, name):g} is not a multiple of {LENGTH_BIN / SAMPLE_RATE:g} s, in which "
+                    f"clips are counted by length: use {near:g}"
+                )
+        return self
 
     @model_validator(mode="after")
     def _lengths_agree(self) -> DataConfig:

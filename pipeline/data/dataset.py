@@ -1,21 +1,26 @@
 """A prepared data set as a sequence of samples with random access.
 
-In: a data set folder and a split. Out: encoded bytes and metadata of sample ``i``. Opens shards for reading and nothing
-else; one ``pread`` a sample, so any number of threads can read at once.
+In: a data set folder and a split. Out: encoded bytes and metadata of sample ``i``. Knows of all samples only where each
+shard's begin: a shard's index is read when a sample of it is first asked for, and few shards are kept open. One
+``pread`` a sample, so any number of threads can read at once.
 """
 
 from __future__ import annotations
 
 import json
 import os
+from functools import cached_property, lru_cache
 from pathlib import Path
-from threading import Lock
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from pipeline.data.index import ShardError, read_index
+from pipeline.data.index import ShardError, ShardIndex, read_index
+from pipeline.data.lengths import read_lengths
 from pipeline.data.manifest import ManifestError, read_manifest
+
+OPEN_INDEXES = 64  # two windows of the default size, and as many again
+OPEN_FILES = 64
 
 
 class Member(NamedTuple):
@@ -23,94 +28,134 @@ class Member(NamedTuple):
 
     key: str
     content: bytes  # the FLAC, WAV, JPEG or PNG file
-    metadata: dict[str, Any]  # KEY.json
+    length: int  # audio samples at 16 kHz, or pixels
+    label: int  # place in the manifest's classes, -1 for none
+    description: bytes  # KEY.json
+
+    @property
+    def metadata(self) -> dict[str, Any]:
+        """What KEY.json says; training has no need of it."""
+        return json.loads(self.description)
 
 
 class ShardedDataset:
-    """The samples of one split, in the order of the shards; ``len()``, ``.lengths``, ``.keys(i)`` and ``.read(i)``.
+    """The samples of one split, numbered in the order of the shards.
 
     Attributes: ``manifest``; ``kind`` "speech" or "image"; ``fingerprint``, a name of the content and the split;
-    ``lengths`` int64 ``(samples,)``: audio samples at 16 kHz, or pixels; ``labels`` int32 ``(samples,)``: places in
-    ``manifest.classes``, or -1.
+    ``shard_starts`` int64 ``(shards + 1,)``: the number of each shard's first sample, and ``len()`` at the end.
 
-    Raises :class:`ManifestError` if the folder or the split does not exist, :class:`ShardError` if an index can't be
-    read.
+    ``open_indexes`` of the shards' indexes are kept in memory, None for all. Raises :class:`ManifestError` if the
+    folder or the split does not exist; each method that takes a sample raises ``IndexError`` for a number that there is
+    not, and :class:`ShardError` if its shard's index can't be read.
     """
 
-    def __init__(self, path: str | Path, split: str = "train") -> None:
+    def __init__(self, path: str | Path, split: str = "train", open_indexes: int | None = OPEN_INDEXES) -> None:
         self.path = Path(path)
         self.split = split
         self.manifest = read_manifest(self.path)
         if split not in self.manifest.splits:
             splits = ", ".join(sorted(self.manifest.splits))
             raise ManifestError(f"{self.path} has no split {split!r}: use {splits}")
-        shards = self.manifest.splits[split].shards
-        if not shards:
+        self._entries = self.manifest.splits[split].shards
+        if not self._entries:
             raise ManifestError(f"split {split!r} of {self.path} is empty: give it a larger share when preparing")
         self.kind = self.manifest.kind
         self.fingerprint = self.manifest.fingerprint(split)
-        self._shards = [self.path / shard.file for shard in shards]
-        indexes = [read_index(self.path / shard.index_file) for shard in shards]
-        for shard, index in zip(shards, indexes, strict=True):
-            if len(index.keys) != shard.samples:
-                raise ShardError(
-                    f"{self.path / shard.index_file} holds {len(index.keys)} samples, the manifest says "
-                    f"{shard.samples}: run `tessera verify {self.path}`"
-                )
-        self._records = np.concatenate([index.records for index in indexes])
-        self._keys = [key for index in indexes for key in index.keys]
-        self._shard_of = np.repeat(np.arange(len(shards)), [len(index.keys) for index in indexes])
-        self.lengths: np.ndarray = self._records["length"].astype(np.int64)
-        self.labels: np.ndarray = self._records["label"].astype(np.int32)
-        self._descriptors: dict[int, int] = {}
-        self._opening = Lock()
+        self.shard_starts = np.concatenate([[0], np.cumsum([entry.samples for entry in self._entries], dtype=np.int64)])
+        # Threads that miss at the same time read an index twice, which costs less than waiting for each other.
+        self._index = lru_cache(maxsize=open_indexes)(self._read_index)
+        self._tar = lru_cache(maxsize=OPEN_FILES)(self._open_tar)
 
     def __len__(self) -> int:
-        return len(self._keys)
+        return int(self.shard_starts[-1])
 
-    def keys(self, index: int) -> str:
-        """The key of sample ``index``."""
-        return self._keys[index]
+    @property
+    def sources(self) -> tuple[ShardedDataset, ...]:
+        """Itself, the only one: a data set reads like a mixture of one, by ``sources[reference.source]``."""
+        return (self,)
+
+    @property
+    def weights(self) -> tuple[float, ...]:
+        """As of a mixture of one."""
+        return (1.0,)
+
+    def length(self, index: int) -> int:
+        """Length of sample ``index``: audio samples at 16 kHz, or pixels."""
+        return int(self._record(index)["length"])
+
+    def label(self, index: int) -> int:
+        """Place of the sample's label in ``manifest.classes``, -1 for none."""
+        return int(self._record(index)["label"])
 
     def size(self, index: int) -> tuple[int, int]:
         """Width and height of image ``index`` in pixels; (0, 0) for speech."""
-        record = self._records[index]
+        record = self._record(index)
         return int(record["width"]), int(record["height"])
+
+    def keys(self, index: int) -> str:
+        """The key of sample ``index``."""
+        shard, row = self._place(index)
+        return self._index(shard).keys[row]
 
     def read(self, index: int) -> Member:
         """Bytes and metadata of sample ``index``; raises :class:`ShardError` if the shard is missing or too short."""
-        record = self._records[index]
-        offset, end = int(record["offset"]), int(record["json_offset"] + record["json_size"])
-        shard = int(self._shard_of[index])
-        block = os.pread(self._descriptor(shard), end - offset, offset)
-        if len(block) != end - offset:
-            raise ShardError(f"{self._shards[shard]} ends before sample {self._keys[index]}: it was cut short")
-        content = block[: record["size"]]
-        metadata = json.loads(block[int(record["json_offset"]) - offset :])
-        return Member(self._keys[index], content, metadata)
+        shard, row = self._place(index)
+        samples, tar = self._index(shard), self._tar(shard)
+        key = samples.keys[row]
+        offset, size, json_offset, json_size, length, _, _, label = samples.records[row].item()
+        block = os.pread(tar.descriptor, json_offset + json_size - offset, offset)
+        if len(block) != json_offset + json_size - offset:
+            raise ShardError(f"{self.path / self._entries[shard].file} ends before sample {key}: it was cut short")
+        return Member(key, block[:size], length, label, block[json_offset - offset :])
 
-    def _descriptor(self, shard: int) -> int:
-        descriptor = self._descriptors.get(shard)
-        if descriptor is None:
-            with self._opening:
-                descriptor = self._descriptors.get(shard)
-                if descriptor is None:
-                    try:
-                        descriptor = os.open(self._shards[shard], os.O_RDONLY)
-                    except FileNotFoundError:
-                        raise ShardError(
-                            f"{self._shards[shard]} is missing: run `tessera verify {self.path}`"
-                        ) from None
-                    self._descriptors[shard] = descriptor
-        return descriptor
+    def shard_lengths(self, shard: int) -> np.ndarray:
+        """Lengths of a shard's samples, int64 ``(samples,)``."""
+        return self._index(shard).records["length"].astype(np.int64)
+
+    @cached_property
+    def length_table(self) -> np.ndarray:
+        """Speech: clips of each shard by length, uint32 ``(shards, bins)``, see :mod:`pipeline.data.lengths`."""
+        return read_lengths(self.path, self.manifest.splits[self.split])
+
+    def _record(self, index: int) -> np.void:
+        shard, row = self._place(index)
+        return self._index(shard).records[row]
+
+    def _place(self, index: int) -> tuple[int, int]:
+        """The shard that holds a sample, and its row there."""
+        if not 0 <= index < len(self):
+            raise IndexError(f"sample {index} is not in split {self.split!r} of {self.path}: it holds {len(self)}")
+        shard = int(np.searchsorted(self.shard_starts, index, side="right")) - 1
+        return shard, index - int(self.shard_starts[shard])
+
+    def _read_index(self, shard: int) -> ShardIndex:
+        entry = self._entries[shard]
+        index = read_index(self.path / entry.index_file)
+        if len(index.keys) != entry.samples:
+            raise ShardError(
+                f"{self.path / entry.index_file} holds {len(index.keys)} samples, the manifest says "
+                f"{entry.samples}: run `tessera verify {self.path}`"
+            )
+        return index
+
+    def _open_tar(self, shard: int) -> _OpenFile:
+        path = self.path / self._entries[shard].file
+        try:
+            return _OpenFile(os.open(path, os.O_RDONLY))
+        except FileNotFoundError:
+            raise ShardError(f"{path} is missing: run `tessera verify {self.path}`") from None
 
     def close(self) -> None:
-        """Close the shards; reading opens them again."""
-        with self._opening:
-            for descriptor in self._descriptors.values():
-                os.close(descriptor)
-            self._descriptors.clear()
+        """Let go of indexes and files; reading opens them again."""
+        self._index.cache_clear()
+        self._tar.cache_clear()
+
+
+class _OpenFile:
+    """A descriptor that closes with its last reader, so that a file may be let go of while a thread still reads it."""
+
+    def __init__(self, descriptor: int) -> None:
+        self.descriptor = descriptor
 
     def __del__(self) -> None:
-        if hasattr(self, "_opening"):
-            self.close()
+        os.close(self.descriptor)

@@ -14,10 +14,9 @@ from pathlib import Path
 
 import numpy as np
 
+from pipeline.data.config import LENGTH_BIN, MAX_BINS
 from pipeline.data.manifest import ManifestError, SplitEntry, write_whole
 
-LENGTH_BIN = 1_600  # audio samples: 0.1 s
-MAX_BINS = 6_000  # ten minutes: no clip is trained on that is longer
 LENGTHS_NAME = "lengths.npy"
 
 

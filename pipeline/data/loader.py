@@ -15,12 +15,14 @@ import time
 from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from itertools import chain, islice
 from threading import Lock
 from typing import Any
 
 from pipeline.data.collation import Collation, SampleError
 from pipeline.data.config import SAMPLE_RATE, BatchConfig
 from pipeline.data.dataset import ShardedDataset
+from pipeline.data.mixing import Data
 from pipeline.data.plan import SampleReference, SamplingPlan
 
 logger = logging.getLogger(__name__)
@@ -40,7 +42,7 @@ class Loader(Iterator[list[Any]]):
 
     def __init__(
         self,
-        dataset: ShardedDataset,
+        dataset: Data,
         plan: SamplingPlan,
         collation: Collation,
         *,
@@ -107,9 +109,12 @@ class Loader(Iterator[list[Any]]):
                 self._count(error)
                 place = references.index(error.reference)
                 attempts[place] += 1
-                if attempts[place] >= self.plan.samples:
-                    raise TooManyBadSamples(f"no sample of {self.dataset.path} can be decoded: {error}") from error
-                references[place] = self.plan.replacement(planned[place], attempts[place])
+                replacement = self.plan.replacement(planned[place], attempts[place])
+                if replacement is None:
+                    raise TooManyBadSamples(
+                        f"no sample of a whole window of {self.dataset.path} can be decoded: {error}"
+                    ) from error
+                references[place] = replacement
 
     def _count(self, error: SampleError) -> None:
         with self._counting:
@@ -137,7 +142,7 @@ class Loader(Iterator[list[Any]]):
 
 
 def build_loader(
-    dataset: ShardedDataset,
+    dataset: Data,
     plan: SamplingPlan,
     collation: Collation,
     *,
@@ -186,7 +191,7 @@ def epoch_batches(
     batch. A sample that can't be decoded raises :class:`SampleError`: an evaluation that left it out would not be
     comparable.
     """
-    batches = list(_cut_in_order(dataset, batch))[rank::world_size]
+    batches = islice(_cut_in_order(dataset, batch), rank, None, world_size)
     with ThreadPoolExecutor(threads, thread_name_prefix="tessera-decode") as pool:
         ahead: deque[Future[Any]] = deque()
         for number, references in enumerate(batches):
@@ -209,7 +214,8 @@ def _cut_in_order(dataset: ShardedDataset, batch: BatchConfig) -> Iterator[Seque
     cap = batch.seconds * SAMPLE_RATE
     references: list[SampleReference] = []
     longest = 0
-    for index, length in enumerate(dataset.lengths.tolist()):
+    by_shard = (dataset.shard_lengths(shard).tolist() for shard in range(len(dataset.shard_starts) - 1))
+    for index, length in enumerate(chain.from_iterable(by_shard)):
         if references and (len(references) + 1) * max(longest, length) > cap:
             yield references
             references, longest = [], 0

@@ -1,7 +1,7 @@
 """Randomness that belongs to the sample (design rule 2).
 
-In: (seed, epoch, index, stream). Out: a NumPy generator whose numbers depend on nothing else: not on the rank, the
-thread, the number of ranks or what was drawn before. Philox is counter-based, so any of the generators is made in
+In: (seed, epoch, index, stream, source). Out: a NumPy generator whose numbers depend on nothing else: not on the rank,
+the thread, the number of ranks or what was drawn before. Philox is counter-based, so any of the generators is made in
 constant time.
 """
 
@@ -20,12 +20,13 @@ def _stream_word(stream: str) -> int:
     return int.from_bytes(hashlib.blake2b(stream.encode(), digest_size=8).digest(), "little")
 
 
-def sample_generator(seed: int, epoch: int, index: int, stream: str) -> np.random.Generator:
-    """The generator of sample ``index`` in ``epoch`` for one purpose, e.g. ``"crop"``.
+def sample_generator(seed: int, epoch: int, index: int, stream: str, source: int = 0) -> np.random.Generator:
+    """The generator of sample ``index`` in ``epoch`` for one purpose, e.g. ``"crop"``; ``source`` tells apart the data
+    sets of a mixture.
 
-    Philox-4x64 (Salmon et al. 2011): the key holds the seed and the stream, the upper counter words the epoch and the
-    index; the lowest word counts the blocks drawn, so two generators never overlap before 2⁶⁴ blocks.
+    Philox-4x64 (Salmon et al. 2011): the key holds the seed and the stream, the upper counter words the source, the
+    epoch and the index; the lowest word counts the blocks drawn, so two generators never overlap before 2⁶⁴ blocks.
     """
-    counter = np.array([0, 0, epoch & _WORD, index & _WORD], dtype=np.uint64)
+    counter = np.array([0, source & _WORD, epoch & _WORD, index & _WORD], dtype=np.uint64)
     key = np.array([seed & _WORD, _stream_word(stream)], dtype=np.uint64)
     return np.random.Generator(np.random.Philox(counter=counter, key=key))

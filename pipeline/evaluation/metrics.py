@@ -75,17 +75,20 @@ def evaluate(
 
 
 def open_split(recipe: Recipe, data: str | Path | None = None, split: str | None = None) -> ShardedDataset:
-    """The split to evaluate on: the one named, else validation where there is one, else the recipe's."""
-    folder = data or recipe.data.path
-    if folder is None:
+    """The split to evaluate on: the one named, else validation where there is one, else the recipe's. Of a mixture, the
+    first data set is taken.
+    """
+    sources = recipe.data.sources
+    if not data and not sources:
         raise ValueError(f"recipe {recipe.name} names no data set: give one with --data")
+    folder = data or sources[0].path
     manifest = read_manifest(folder)
     if manifest.kind != recipe.data_kind:
         raise ValueError(
             f"{folder} holds {manifest.kind} data, the run was trained on {recipe.data_kind}: give other --data"
         )
     validation = manifest.splits.get(VALIDATION)
-    default = VALIDATION if validation is not None and validation.samples else recipe.data.split
+    default = VALIDATION if validation is not None and validation.samples else sources[0].split if sources else "train"
     return ShardedDataset(folder, split or default)
 
 

@@ -134,7 +134,8 @@ def compare_with_transformers(run: str | Path, folder: str | Path, clips: int = 
 
     model, recipe = Run(run).load_model()
     theirs = Wav2Vec2Model.from_pretrained(folder, local_files_only=True).eval()
-    dataset = ShardedDataset(recipe.data_folder, recipe.data.split)
+    source = recipe.data_sources[0]
+    dataset = ShardedDataset(source.path, source.split)
     collation = build_collation(recipe)
     largest = 0.0
     for index in range(min(clips, len(dataset))):

@@ -15,7 +15,7 @@ import torch
 
 from pipeline import collectives
 from pipeline.codebooks import CodebookHealth, CodebookSync, initialise_codebooks
-from pipeline.data import SamplingPlan, ShardedDataset, build_loader
+from pipeline.data import SamplingPlan, build_loader, open_data
 from pipeline.models import build_collation, build_model
 from pipeline.training.checkpoint import CheckpointError, find_latest, load_checkpoint
 from pipeline.training.checkpoint_writer import CheckpointWriter, Retention
@@ -51,7 +51,7 @@ def train(recipe: Recipe, run_dir: str | Path) -> Run:
     _make_repeatable(recipe)
     claim_run_folder(run, recipe)
 
-    dataset = ShardedDataset(recipe.data_folder, recipe.data.split)
+    dataset = open_data(recipe.data)
     plan = SamplingPlan(dataset, recipe.batch, recipe.data, recipe.seed)
     model = build_model(recipe.model, recipe.quantizer).to(device)
     optimizer = build_optimizer(model, recipe.optimizer)

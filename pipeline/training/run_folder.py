@@ -19,6 +19,7 @@ MAY_CHANGE = (
     "training.",
     "engine.",
     "data.path",
+    "data.mix",  # a data set may move; the checkpoint's data state refuses other weights, splits and contents
     "data.prefetch",
     "data.threads",
     "codebooks.check_every",

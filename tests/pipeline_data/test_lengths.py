@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 
 from pipeline.data import ManifestError, read_manifest
+from pipeline.data.config import LENGTH_BIN, MAX_BINS
 from pipeline.data.index import read_index
-from pipeline.data.lengths import LENGTH_BIN, MAX_BINS, length_histogram, read_lengths, stack_histograms
+from pipeline.data.lengths import length_histogram, read_lengths, stack_histograms
 
 
 def test_a_bin_counts_a_tenth_of_a_second_and_the_last_one_all_beyond() -> None:

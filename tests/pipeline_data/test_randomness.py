@@ -8,7 +8,7 @@ from pipeline.data import sample_generator
 
 
 def test_each_part_of_the_name_makes_another_generator() -> None:
-    names = list(product([0, 1, 2**40], [0, 1], [0, 1, 2**33], ["crop", "mask"]))
+    names = list(product([0, 1, 2**40], [0, 1], [0, 1, 2**33], ["crop", "mask"], [0, 3]))
     first = {name: tuple(sample_generator(*name).integers(0, 2**62, 4).tolist()) for name in names}
     assert len(set(first.values())) == len(names)
     assert first == {name: tuple(sample_generator(*name).integers(0, 2**62, 4).tolist()) for name in names}
