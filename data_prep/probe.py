@@ -6,20 +6,23 @@ millions of files some find a hole in one; such a file is to be set aside and no
 
 from __future__ import annotations
 
+import json
 import signal
 import subprocess
 import sys
 from contextlib import suppress
+from dataclasses import asdict
 
 from data_prep.check import Refused, check_file
+from data_prep.shard_plan import Settings
 
 # What a process does to itself. SIGKILL and SIGTERM come from outside, and are no fault of the file.
 _CRASHES = {signal.SIGSEGV, signal.SIGABRT, signal.SIGBUS, signal.SIGILL, signal.SIGFPE}
 
 
-def crash_of(kind: str, content: bytes, image_size: int | None) -> str | None:
+def crash_of(content: bytes, settings: Settings) -> str | None:
     """``"SIGSEGV"`` and the like, or None if the file is decoded or refused in order."""
-    command = [sys.executable, "-m", "data_prep.probe", kind, str(image_size or "")]
+    command = [sys.executable, "-m", "data_prep.probe", json.dumps(asdict(settings))]
     done = subprocess.run(command, input=content, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, check=False)
     number = -done.returncode
     return signal.Signals(number).name if number in _CRASHES else None
@@ -27,9 +30,9 @@ def crash_of(kind: str, content: bytes, image_size: int | None) -> str | None:
 
 def main() -> None:
     """Decode what comes in, as the check does."""
-    kind, image_size = sys.argv[1:]
+    settings = Settings(**json.loads(sys.argv[1]))
     with suppress(Refused):
-        check_file(kind, sys.stdin.buffer.read(), int(image_size) if image_size else None)
+        check_file(sys.stdin.buffer.read(), settings)
 
 
 if __name__ == "__main__":

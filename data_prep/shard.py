@@ -22,12 +22,13 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from data_prep.check import CheckedSample, Refused, check_file
 from data_prep.probe import crash_of
 from data_prep.shard_plan import Settings, ShardTask
-from data_prep.source import SourceFile
+from data_prep.source import SourceFile, read_ahead
 from data_prep.tar import HashedTar
 from pipeline.data.config import SAMPLE_RATE
 from pipeline.data.index import RECORD, ShardIndex
 from pipeline.data.lengths import length_histogram
-from pipeline.data.manifest import ShardEntry, fsync_folder, write_whole
+from pipeline.data.manifest import ShardEntry
+from pipeline.data.storage import fsync_folder, is_remote, write_whole
 
 RECORD_FOLDER = ".prepare"
 _AS_JSON = json.JSONEncoder(sort_keys=True, ensure_ascii=False).encode
@@ -121,23 +122,25 @@ def _write_in(
     labels: Counter[str] = Counter()
     with tar.open("xb") as file:
         archive = HashedTar(file)
-        for place, source in enumerate(task.files):
+        for place, (source, read) in enumerate(zip(task.files, read_ahead(task.files), strict=True)):
             report(place)
             try:
-                sample = _checked(source, settings, place in suspects)
+                samples = _checked(source, read, settings, place in suspects)
             except Refused as error:
                 refused.append(Refusal(path=source.name, reason=str(error), bytes=source.size))
                 continue
-            metadata = describe(source, sample)
-            offset, json_offset = archive.add(
-                [(f"{source.key}.{sample.suffix}", sample.content), (f"{source.key}.json", metadata)]
-            )
-            label = classes.get(source.label, -1)
-            sizes = (offset, len(sample.content), json_offset, len(metadata))
-            records.append((*sizes, sample.length, sample.width, sample.height, label))
-            keys.append(source.key)
-            if source.label:
-                labels[source.label] += 1
+            for sample in samples:
+                key = source.key if sample.piece is None else f"{source.key}~{sample.piece:06d}"
+                metadata = describe(source, sample)
+                offset, json_offset = archive.add(
+                    [(f"{key}.{sample.suffix}", sample.content), (f"{key}.json", metadata)]
+                )
+                label = classes.get(source.label, -1)
+                sizes = (offset, len(sample.content), json_offset, len(metadata))
+                records.append((*sizes, sample.length, sample.width, sample.height, label))
+                keys.append(key)
+                if source.label:
+                    labels[source.label] += 1
         archive.finish()
         file.flush()
         os.fsync(file.fileno())
@@ -173,17 +176,17 @@ def _write_in(
     return record
 
 
-def _checked(source: SourceFile, settings: Settings, suspect: bool) -> CheckedSample:
+def _checked(source: SourceFile, read: Callable[[], bytes], settings: Settings, suspect: bool) -> list[CheckedSample]:
     """What a shard stores of a file; raises :class:`Refused`."""
     try:
-        content = source.read()
+        content = read()
     except (FileNotFoundError, PermissionError) as error:  # other errors of the disk are tried again
-        if source.modified and not Path(source.path).parent.is_dir():
+        if source.modified and not is_remote(source.path) and not Path(source.path).parent.is_dir():
             raise  # the scan has seen it: this machine does not see the source, and no file is to blame
         raise Refused(f"can't be read: {error.strerror}") from error
-    if suspect and (crash := crash_of(settings.kind, content, settings.image_size)) is not None:
+    if suspect and (crash := crash_of(content, settings)) is not None:
         raise Refused(f"kills the process that decodes it ({crash})")
-    return check_file(settings.kind, content, settings.image_size)
+    return check_file(content, settings)
 
 
 def _publish(finished: Path, target: Path) -> None:
@@ -195,6 +198,7 @@ def _publish(finished: Path, target: Path) -> None:
 
 def describe(source: SourceFile, sample: CheckedSample) -> bytes:
     """KEY.json: where the sample came from and what it is."""
-    values = {"source": source.name, "label": source.label, "text": source.text} | sample.metadata
+    text = source.text if sample.piece is None else ""  # of the whole recording, and not of a piece
+    values = {"source": source.name, "label": source.label, "text": text} | sample.metadata
     kept = {name: value for name, value in values.items() if value != ""}
     return _AS_JSON(kept).encode()

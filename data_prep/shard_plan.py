@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass
 from data_prep.source import SourceFile
 
 # Raised when shards made from the same files and settings would have other bytes than before.
-LAYOUT_VERSION = 1
+LAYOUT_VERSION = 2
 
 
 @dataclass(frozen=True)
@@ -26,7 +26,12 @@ class Settings:
     splits: tuple[tuple[str, float], ...]
     split_by: str  # "file", or "label" to keep a speaker in one split
     seed: int
-    image_size: int | None
+    image_size: int | None = None  # the shorter side that larger images are scaled to, in pixels
+    check: str = "full"  # or "header": files that are stored as they came are not decoded
+    max_seconds: float | None = None  # longer recordings are cut into pieces of at most so many
+    image_format: str = "keep"  # or "jpeg"
+    jpeg_quality: int = 95  # of what is encoded anew
+    colour: str = "keep"  # or "rgb", "grey"
 
 
 @dataclass(frozen=True)

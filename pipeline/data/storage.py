@@ -100,8 +100,13 @@ class Folder(ABC):
         return f"{str(self.place).rstrip('/')}/{name}"
 
     @abstractmethod
+    def look(self, name: str) -> StoredFile | None:
+        """What is known of a file without reading it, or None if there is none."""
+
     def size(self, name: str) -> int | None:
         """Bytes of a file, or None if there is none."""
+        stored = self.look(name)
+        return None if stored is None else stored.size
 
     @abstractmethod
     def read(self, name: str) -> bytes:
@@ -154,9 +159,12 @@ class LocalFolder(Folder):
     def __init__(self, place: str | Path) -> None:
         self.place = Path(place)
 
-    def size(self, name: str) -> int | None:
+    def look(self, name: str) -> StoredFile | None:
         path = self.place / name
-        return path.stat().st_size if path.is_file() else None
+        if not path.is_file():
+            return None
+        status = path.stat()
+        return StoredFile(name, status.st_size, status.st_mtime_ns)
 
     def read(self, name: str) -> bytes:
         return (self.place / name).read_bytes()
@@ -219,12 +227,12 @@ class RemoteFolder(Folder):
             raise StoreError(f"{self.place} is a web server's: write into a folder, s3://… or gs://…")
         return self._path(name)
 
-    def size(self, name: str) -> int | None:
+    def look(self, name: str) -> StoredFile | None:
         try:
             info = self._patiently(name, lambda: self._files.info(self._path(name)))
         except FileNotFoundError:
             return None
-        return info["size"] if info["type"] == "file" else None
+        return StoredFile(name, info["size"] or 0, _version(info)) if info["type"] == "file" else None
 
     def read(self, name: str) -> bytes:
         return self._patiently(name, lambda: self._files.cat_file(self._path(name)))

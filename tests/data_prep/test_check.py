@@ -3,13 +3,25 @@
 from __future__ import annotations
 
 import io
+import struct
+import zlib
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import soundfile
 from PIL import Image
 
-from data_prep.check import Refused, check_file
+from data_prep.check import CheckedSample, Refused, check_file
+from data_prep.shard_plan import Settings
+
+SPEECH = Settings("speech", 1, (("train", 1.0),), "file", 0)
+IMAGES = Settings("image", 1, (("train", 1.0),), "file", 0)
+
+
+def check_one(content: bytes, settings: Settings) -> CheckedSample:
+    (sample,) = check_file(content, settings)
+    return sample
 
 
 def sound(seconds: float = 1.0, rate: int = 16_000, form: str = "FLAC", channels: int = 1) -> bytes:
@@ -34,7 +46,7 @@ def picture(
 @pytest.mark.parametrize("form", ["FLAC", "WAV"])
 def test_sound_in_the_right_form_is_kept_byte_for_byte(form: str) -> None:
     content = sound(form=form)
-    sample = check_file("speech", content, None)
+    sample = check_one(content, SPEECH)
     assert sample.content == content
     assert (sample.suffix, sample.length) == (form.lower(), 16_000)
 
@@ -44,11 +56,11 @@ def test_sound_in_the_right_form_is_kept_byte_for_byte(form: str) -> None:
     [({"rate": 22_050}, 16_000), ({"rate": 8_000}, 16_000), ({"channels": 2}, 16_000), ({"form": "OGG"}, 16_000)],
 )
 def test_other_sound_becomes_16_khz_mono_flac(options: dict[str, object], length: int) -> None:
-    sample = check_file("speech", sound(**options), None)
+    sample = check_one(sound(**options), SPEECH)
     info = soundfile.info(io.BytesIO(sample.content))
     assert (info.samplerate, info.channels, info.format, info.frames) == (16_000, 1, "FLAC", length)
     assert (sample.suffix, sample.length) == ("flac", length)
-    assert sample.content == check_file("speech", sound(**options), None).content
+    assert sample.content == check_one(sound(**options), SPEECH).content
 
 
 def test_bad_sound_is_refused_with_the_reason() -> None:
@@ -63,8 +75,8 @@ def test_bad_sound_is_refused_with_the_reason() -> None:
         (nan.getvalue(), "not numbers"),
     ]:
         with pytest.raises(Refused, match=reason):
-            check_file("speech", content, None)
-    assert check_file("speech", whole_wav, None).length == 16_000
+            check_one(content, SPEECH)
+    assert check_one(whole_wav, SPEECH).length == 16_000
 
 
 @pytest.mark.parametrize(
@@ -72,10 +84,10 @@ def test_bad_sound_is_refused_with_the_reason() -> None:
 )
 def test_pictures_in_the_right_form_are_kept_byte_for_byte(mode: str, form: str, suffix: str) -> None:
     content = picture(mode, form)
-    sample = check_file("image", content, None)
+    sample = check_one(content, IMAGES)
     assert sample.content == content
     assert (sample.suffix, sample.width, sample.height, sample.length) == (suffix, 90, 60, 5400)
-    assert check_file("image", content, 60).content == content
+    assert check_one(content, replace(IMAGES, image_size=60)).content == content
 
 
 @pytest.mark.parametrize(
@@ -88,13 +100,13 @@ def test_pictures_in_the_right_form_are_kept_byte_for_byte(mode: str, form: str,
     ],
 )
 def test_other_pictures_are_converted_to_rgb(content: bytes, form: str) -> None:
-    sample = check_file("image", content, None)
+    sample = check_one(content, IMAGES)
     with Image.open(io.BytesIO(sample.content)) as image:
         assert (image.format, image.mode, image.size) == (form, "RGB", (90, 60))
 
 
 def test_turned_photographs_are_stored_upright() -> None:
-    sample = check_file("image", picture(orientation=6), None)
+    sample = check_one(picture(orientation=6), IMAGES)
     assert (sample.width, sample.height) == (60, 90)
     with Image.open(io.BytesIO(sample.content)) as image:
         assert image.size == (60, 90)
@@ -102,10 +114,10 @@ def test_turned_photographs_are_stored_upright() -> None:
 
 
 def test_large_pictures_are_scaled_by_their_shorter_side() -> None:
-    sample = check_file("image", picture(size=(900, 600)), 100)
+    sample = check_one(picture(size=(900, 600)), replace(IMAGES, image_size=100))
     assert (sample.width, sample.height, sample.length) == (150, 100, 15_000)
     assert sample.metadata["source_width"] == 900
-    assert check_file("image", picture(size=(90, 60)), 100).width == 90
+    assert check_one(picture(size=(90, 60)), replace(IMAGES, image_size=100)).width == 90
 
 
 def test_bad_pictures_are_refused_with_the_reason() -> None:
@@ -116,4 +128,157 @@ def test_bad_pictures_are_refused_with_the_reason() -> None:
         (picture(form="PNG")[:-600], "not decodable as an image"),
     ]:
         with pytest.raises(Refused, match=reason):
-            check_file("image", content, None)
+            check_one(content, IMAGES)
+
+
+def words(text: str) -> np.ndarray:
+    """Bursts of noise, in quarters of a second, where ``text`` has letters, and silence at its spaces."""
+    noise = np.random.default_rng(0).uniform(-0.5, 0.5, (len(text), 4_000))
+    return np.concatenate([burst * (letter != " ") for letter, burst in zip(text, noise, strict=True)])
+
+
+def encoded(waveform: np.ndarray, rate: int = 16_000, form: str = "FLAC", subtype: str | None = None) -> bytes:
+    target = io.BytesIO()
+    soundfile.write(target, waveform, rate, subtype, format=form)
+    return target.getvalue()
+
+
+@pytest.mark.parametrize("form", ["FLAC", "OGG"])
+def test_long_recordings_are_cut_at_quiet_places(form: str) -> None:
+    text = "abc def ghi jk lmn opq rst uv wxy zab cde fgh ijk lmn opq rs tuv wxy z"
+    content = encoded(words(text), form=form)
+    pieces = check_file(content, replace(SPEECH, max_seconds=4.0))
+    assert [piece.piece for piece in pieces] == list(range(len(pieces)))
+    assert len(pieces) >= 5
+    assert all(1.5 * 16_000 <= piece.length <= 4 * 16_000 for piece in pieces)
+    begins = [piece.metadata["begins_at"] for piece in pieces]
+    assert begins == [sum(piece.length for piece in pieces[:place]) / 16_000 for place in range(len(pieces))]
+    whole, _ = soundfile.read(io.BytesIO(content), dtype="int16")
+    joined = np.concatenate([soundfile.read(io.BytesIO(piece.content), dtype="int16")[0] for piece in pieces])
+    if form == "FLAC":  # nothing is lost, doubled or changed
+        assert np.array_equal(joined, whole)
+    assert len(joined) == len(whole)
+    assert {text[int(begin * 4)] for begin in begins[1:]} == {" "}
+    assert pieces[0].metadata["source_format"] == form
+    short = check_one(encoded(words("abc")), replace(SPEECH, max_seconds=2.0))
+    assert short.piece is None
+    assert short.content == encoded(words("abc"))
+
+
+def test_a_long_recording_of_another_rate_loses_nothing() -> None:
+    """Ten pieces from a resampled stereo file are the whole file, resampled at once."""
+    waveform = np.random.default_rng(1).uniform(-0.3, 0.3, (10 * 44_100, 2))
+    content = encoded(waveform, 44_100, "WAV")
+    pieces = check_file(content, replace(SPEECH, max_seconds=1.0))
+    (whole,) = check_file(content, SPEECH)
+    joined = np.concatenate([soundfile.read(io.BytesIO(piece.content), dtype="int16")[0] for piece in pieces])
+    assert np.array_equal(joined, soundfile.read(io.BytesIO(whole.content), dtype="int16")[0])
+    assert len(joined) == whole.length == 160_000
+
+
+def test_sound_that_can_be_kept_to_the_bit_is() -> None:
+    """Two equal channels average to what each of them holds, up to the loudest sample."""
+    mono = np.array([-32768, 32767, -32767, 1, 0, -1] * 1000, dtype=np.int16)
+    sample = check_one(encoded(np.stack([mono, mono], axis=1)), SPEECH)
+    assert np.array_equal(soundfile.read(io.BytesIO(sample.content), dtype="int16")[0], mono)
+
+
+@pytest.mark.parametrize(
+    ("form", "subtype", "reason"),
+    [
+        ("WAV", None, "is cut short: .* bytes of sound are there"),
+        ("OGG", "VORBIS", "is cut short: its last page is not whole"),
+        ("OGG", "OPUS", "is cut short: its last page is not whole"),
+        ("MP3", None, "its frames hold .* samples and its header tells of"),
+        ("FLAC", None, "not decodable as audio|ends after"),
+    ],
+)
+@pytest.mark.parametrize("share", [0.3, 0.5, 0.9])
+def test_sound_that_was_cut_off_is_refused(form: str, subtype: str | None, reason: str, share: float) -> None:
+    content = encoded(words("abcdefghijklmnop" * 4), form=form, subtype=subtype)
+    assert check_one(content, SPEECH).length == pytest.approx(16 * 16_000, abs=1200)
+    with pytest.raises(Refused, match=reason):
+        check_file(content[: int(share * len(content))], SPEECH)
+
+
+def test_an_mp3_that_does_not_tell_its_length_is_refused_if_the_guess_is_wrong() -> None:
+    """libsndfile would read less than a third of it, and say nothing."""
+    content = encoded(np.concatenate([words("abcdefgh"), np.zeros(320_000)]), form="MP3")
+    untold = content[content.index(b"\xff\xf3", 4) :]  # without the first frame, which tells it
+    assert check_one(content, SPEECH).length > 340_000
+    with pytest.raises(Refused, match="without a length"):
+        check_file(untold, SPEECH)
+
+
+def test_flac_of_unknown_length_is_refused() -> None:
+    content = bytearray(sound())
+    content[21:26] = bytes([content[21] & 0xF0, 0, 0, 0, 0])
+    with pytest.raises(Refused, match="does not say how long it is"):
+        check_file(bytes(content), SPEECH)
+
+
+def test_a_flipped_bit_is_found_by_the_full_check_and_not_by_the_header_s() -> None:
+    content = bytearray(sound())
+    content[len(content) // 2] ^= 1
+    with pytest.raises(Refused, match=r"not decodable as audio|ends after"):
+        check_file(bytes(content), SPEECH)
+    assert check_one(bytes(content), replace(SPEECH, check="header")).length == 16_000
+    image = picture()[:-600]
+    with pytest.raises(Refused, match="truncated"):
+        check_file(image, IMAGES)
+    assert check_one(image, replace(IMAGES, check="header")).width == 90
+
+
+def test_a_16_bit_picture_keeps_its_greys() -> None:
+    ramp = np.linspace(0, 65_535, 64 * 64).astype(np.uint16).reshape(64, 64)
+    target = io.BytesIO()
+    Image.fromarray(ramp).save(target, "PNG")
+    sample = check_one(target.getvalue(), IMAGES)
+    with Image.open(io.BytesIO(sample.content)) as image:
+        assert np.array_equal(np.asarray(image)[..., 0], ramp >> 8)
+
+
+@pytest.mark.parametrize(("colour", "mode"), [("rgb", "RGB"), ("grey", "L")])
+def test_pictures_of_one_colour_mode(colour: str, mode: str) -> None:
+    settings = replace(IMAGES, colour=colour)
+    for given in ("RGB", "L"):
+        content = picture(given)
+        sample = check_one(content, settings)
+        assert (sample.content == content) == (given == mode)
+        with Image.open(io.BytesIO(sample.content)) as image:
+            assert image.mode == mode
+
+
+def test_pictures_of_one_format_and_quality() -> None:
+    settings = replace(IMAGES, image_format="jpeg", jpeg_quality=60)
+    sample = check_one(picture("RGBA", "PNG"), settings)
+    assert sample.suffix == "jpg"
+    better = check_one(picture("RGBA", "PNG"), replace(settings, jpeg_quality=95))
+    assert len(sample.content) < len(better.content)
+    jpeg = picture()
+    assert check_one(jpeg, settings).content == jpeg
+
+
+def test_what_is_no_photograph_is_refused() -> None:
+    frames = [Image.effect_noise((40, 30), 80).convert("RGB") for _ in range(3)]
+    for form in ("WEBP", "PNG"):
+        target = io.BytesIO()
+        frames[0].save(target, form, save_all=True, append_images=frames[1:])
+        with pytest.raises(Refused, match="holds 3 frames: an animation"):
+            check_file(target.getvalue(), IMAGES)
+    with pytest.raises(Refused, match="is 1 × 1 pixels, less than 8"):
+        check_file(picture(size=(1, 1)), IMAGES)
+    huge = bytearray(picture(form="PNG"))
+    huge[16:24] = struct.pack(">II", 20_000, 20_000)
+    huge[29:33] = struct.pack(">I", zlib.crc32(huge[12:29]))
+    with pytest.raises(Refused, match=r"too large: .*decompression bomb"):
+        check_file(bytes(huge), IMAGES)
+
+
+def test_a_camera_s_picture_with_previews_is_kept() -> None:
+    target = io.BytesIO()
+    first, preview = (Image.effect_noise(size, 80).convert("RGB") for size in ((90, 60), (30, 20)))
+    first.save(target, "MPO", save_all=True, append_images=[preview])
+    sample = check_one(target.getvalue(), IMAGES)
+    assert sample.content == target.getvalue()
+    assert (sample.suffix, sample.width) == ("jpg", 90)
