@@ -79,7 +79,7 @@ KINDS = {
         "levels": 2,
         "codebook_dim": 4,
         "dropout": 0.3,
-        "level": {"kind": "ste", "inner_steps": 2, **REPLACED},
+        "level": {"kind": "ste", "inner_steps": 2, "sync_nu": 0.1, **REPLACED},
     },
     "lfq-spherical": {"kind": "lfq", "codes": 16, "spherical": True, "commitment": 0.25, "inverse_temperature": 10},
 }
