@@ -19,7 +19,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, Field
 
 if TYPE_CHECKING:
     import torch
@@ -50,6 +50,8 @@ class CheckpointManifest(BaseModel):
     loss: float | None
     """Average since the log line before, if there was one."""
     data_fingerprint: str
+    data: dict[str, Any] = Field(default_factory=dict)
+    """What the fingerprint covers, so that a refused resume can say what changed."""
     codebook_checksum: str
     parameters: dict[str, list[int]]
     """Name → shape."""

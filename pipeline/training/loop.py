@@ -17,7 +17,7 @@ from pipeline import collectives
 from pipeline.codebooks import CodebookHealth, CodebookSync, initialise_codebooks
 from pipeline.data import SamplingPlan, build_loader, open_data
 from pipeline.models import build_collation, build_model
-from pipeline.training.checkpoint import CheckpointError, find_latest, load_checkpoint
+from pipeline.training.checkpoint import CheckpointError, find_latest, load_checkpoint, read_manifest
 from pipeline.training.checkpoint_writer import CheckpointWriter, Retention
 from pipeline.training.engine import build_engine, join_process_group
 from pipeline.training.environment import write_environment
@@ -58,6 +58,8 @@ def train(recipe: Recipe, run_dir: str | Path) -> Run:
     sync = CodebookSync(model, optimizer=optimizer, watch_every=recipe.training.log_every)
     accumulation = recipe.batch.micro_batches // collectives.world_size()
     checkpoint = _latest_on_all_ranks(run)
+    if checkpoint is not None:
+        _check_data_state(checkpoint, plan)
     collation = build_collation(recipe)
 
     def load(start: int, steps: int | None = None) -> Any:
@@ -80,15 +82,7 @@ def train(recipe: Recipe, run_dir: str | Path) -> Run:
     engine = build_engine(model, optimizer, recipe.engine, accumulation)
     start = 0
     if checkpoint is not None:
-        manifest = load_checkpoint(engine, checkpoint)
-        if manifest.data_fingerprint != plan.fingerprint:
-            raise CheckpointError(
-                f"{checkpoint} was trained on data {manifest.data_fingerprint}, the recipe now reads "
-                f"{plan.fingerprint}: "
-                "the data set, its split, the batch or the seed has changed; bring the old ones back or start "
-                "a new --run"
-            )
-        start = manifest.step
+        start = load_checkpoint(engine, checkpoint).step
     sync.check_ranks_agree()
 
     log = RunLog(run.log_file, run.path / "tensorboard", attempt=last_attempt(run.log_file) + 1)
@@ -106,6 +100,7 @@ def train(recipe: Recipe, run_dir: str | Path) -> Run:
             "precision": recipe.engine.precision,
             "loss": loss,
             "data_fingerprint": plan.fingerprint,
+            "data": plan.description,
             "codebook_checksum": sync.checksum(),
         }
 
@@ -191,6 +186,17 @@ def _latest_on_all_ranks(run: Run) -> Path | None:
             f"rank {collectives.rank()} does not see {checkpoint}: all ranks need the run folder on one file system"
         )
     return checkpoint
+
+
+def _check_data_state(checkpoint: Path, plan: SamplingPlan) -> None:
+    """Refuse to go on where the next steps would not be those that an uninterrupted run would take."""
+    manifest = read_manifest(checkpoint)
+    if manifest.data_fingerprint != plan.fingerprint:
+        changes = "\n".join(f"  {line}" for line in plan.changes_since(manifest.data))
+        raise CheckpointError(
+            f"{checkpoint} was trained on other data than the recipe reads now:\n{changes}\n"
+            "bring the old data back, or start a new --run"
+        )
 
 
 def _seed_micro_batch(seed: int, step: int, number: int) -> None:
