@@ -279,6 +279,9 @@ def _section(location: list[str], values: Mapping[str, Any]) -> type[BaseModel] 
     config: type[BaseModel] | None = Recipe
     here: Any = values
     for depth, part in enumerate(location[:-1], start=1):
+        if part.isdecimal():  # an item of a list: its configuration is the list's
+            here = {}
+            continue
         here = here.get(part, {}) if isinstance(here, Mapping) else {}
         kinds = _kinds(".".join(location[:depth]))
         if kinds:
@@ -286,7 +289,8 @@ def _section(location: list[str], values: Mapping[str, Any]) -> type[BaseModel] 
             config = kinds.get(str(here.get("kind", default)) if isinstance(here, Mapping) else "")
         else:
             annotation = config.model_fields[part].annotation if config and part in config.model_fields else None
-            config = annotation if isinstance(annotation, type) and issubclass(annotation, BaseModel) else None
+            inner = [each for each in (annotation, *get_args(annotation)) if isinstance(each, type)]
+            config = next((each for each in inner if issubclass(each, BaseModel)), None)
     return config
 
 

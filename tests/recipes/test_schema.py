@@ -56,6 +56,11 @@ def test_levels_have_the_codes_of_the_whole(tmp_path):
     ("recipe", "overrides", "message"),
     [
         (IMAGE, ["quantizer.kidn=ema"], "quantizer.kidn='ema': unknown key; did you mean kind? known keys here: kind,"),
+        (IMAGE, ["data.mix=[{path: a, wight: 1}]"], "data.mix.0.wight=1: unknown key; did you mean weight?"),
+        (IMAGE, ["data.mix=[{weight: 1}]"], "data.mix.0.path is missing: folder made by `tessera prepare`"),
+        (IMAGE, ["data.mix=[{path: a, weight: 0}]"], "data.mix.0.weight=0: input should be greater than 0"),
+        (IMAGE, ["data.mix=[{path: a}]", "data.path=b"], "data: path=b and mix can't both name the data"),
+        (IMAGE, ["data.window_shards=0"], "data.window_shards=0: input should be greater than or equal to 1"),
         (IMAGE, ["qantizer.kind=ema"], "qantizer={'kind': 'ema'}: unknown key; did you mean quantizer?"),
         (IMAGE, ["quantizer.kind=vq"], "quantizer.kind='vq': unknown kind; use identity, "),
         (IMAGE, ["quantizer.grid=[3,5]"], "grid"),
@@ -157,6 +162,12 @@ def test_data_sets_are_checked_before_anything_starts(tmp_path, speech_dataset, 
     with pytest.raises(RecipeError, match=r"data\.split=test is not in"):
         load_recipe(IMAGE, {"data.path": str(image_dataset), "data.split": "test"}).check_data()
     load_recipe(IMAGE, {"data.path": str(image_dataset)}).check_data()
+    image, speech = {"path": str(image_dataset)}, {"path": str(speech_dataset)}
+    with pytest.raises(RecipeError, match=r"data\.mix\.1\.path=.* holds speech data"):
+        load_recipe(IMAGE, {"data.mix": [image, speech]}).check_data()
+    with pytest.raises(RecipeError, match=r"data\.mix\.0\.split=test is not in"):
+        load_recipe(IMAGE, {"data.mix": [image | {"split": "test"}]}).check_data()
+    load_recipe(IMAGE, {"data.mix": [image, image | {"split": "validation", "weight": 0.1}]}).check_data()
 
 
 def test_changed_keys_are_dotted():
