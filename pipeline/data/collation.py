@@ -15,8 +15,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pipeline.data.audio import DecodeError, decode_audio, normalise
+from pipeline.data.audio import DecodeError, decode_audio, normalise_
 from pipeline.data.config import SAMPLE_RATE, DataConfig
+from pipeline.data.dataset import Member
 from pipeline.data.image import decode_image, view_image
 from pipeline.data.index import ShardError
 from pipeline.data.masking import MaskingConfig, conv_frames, draw_negatives, span_mask
@@ -101,34 +102,43 @@ class SpeechCollation:
         self, references: Sequence[SampleReference], dataset: Data, step: int = 0, number: int = 0
     ) -> SpeechBatch:
         """The batch of these references, in their order."""
-        clips = [self._clip(reference, dataset) for reference in references]
-        lengths = np.array([len(clip) for clip in clips], dtype=np.int64)
-        waveforms = np.zeros((len(clips), int(lengths.max())), dtype=np.float32)
-        for row, clip in enumerate(clips):
-            waveforms[row, : len(clip)] = clip
-        frame_lengths = np.array([self.frames(int(length)) for length in lengths], dtype=np.int64)
-        mask = np.zeros((len(clips), self.frames(waveforms.shape[1])), dtype=bool)
-        drawn = []
-        for row, reference in enumerate(references):
-            frames = int(frame_lengths[row])
-            mask[row, :frames] = span_mask(frames, self.masking, self._generator(reference, "mask"))
-            masked = int(mask[row].sum())
-            drawn.append(draw_negatives(masked, self.masking.negatives, self._generator(reference, "negatives")))
-        negatives = np.zeros((len(clips), max(map(len, drawn)), self.masking.negatives), dtype=np.int64)
-        for row, indexes in enumerate(drawn):
-            negatives[row, : len(indexes)] = indexes
+        members = [_read(reference, dataset) for reference in references]
+        waveforms, lengths = self.clips(references, members)
+        frame_lengths = [self.frames(length) for length in lengths]
+        mask = _empty((len(members), self.frames(max(lengths))), torch.bool).zero_()
+        masked = []
+        for row, reference, frames in zip(mask.numpy(), references, frame_lengths, strict=True):
+            row[:frames] = span_mask(frames, self.masking, self._generator(reference, "mask"))
+            masked.append(int(np.count_nonzero(row)))
+        negatives = _empty((len(members), max(masked), self.masking.negatives), torch.int64)
+        for row, reference, targets in zip(negatives.numpy(), references, masked, strict=True):
+            generator = self._generator(reference, "negatives")
+            draw_negatives(targets, self.masking.negatives, generator, out=row[:targets])
+            row[targets:] = 0
         return SpeechBatch(
-            waveforms=torch.from_numpy(waveforms),
-            lengths=torch.from_numpy(lengths),
-            mask=torch.from_numpy(mask),
-            frame_lengths=torch.from_numpy(frame_lengths),
-            negatives=torch.from_numpy(negatives),
-            keys=[dataset.sources[reference.source].keys(reference.index) for reference in references],
+            waveforms=waveforms,
+            lengths=torch.tensor(lengths),
+            mask=mask,
+            frame_lengths=torch.tensor(frame_lengths),
+            negatives=negatives,
+            keys=[member.key for member in members],
             step=step,
             number=number,
-            targets=int(mask.sum()),
-            seconds=float(lengths.sum()) / SAMPLE_RATE,
+            targets=sum(masked),
+            seconds=sum(lengths) / SAMPLE_RATE,
         )
+
+    def clips(self, references: Sequence[SampleReference], members: Sequence[Member]) -> tuple[Tensor, list[int]]:
+        """The samples decoded, cropped, normalised and padded: float32 ``(batch, time)`` and their lengths."""
+        lengths = [
+            min(reference.limit or member.length, member.length)
+            for reference, member in zip(references, members, strict=True)
+        ]
+        waveforms = _empty((len(members), max(lengths)), torch.float32)
+        for row, reference, member, length in zip(waveforms.numpy(), references, members, lengths, strict=True):
+            self._decode(reference, member, row[:length])
+            row[length:] = 0
+        return waveforms, lengths
 
     def frames(self, samples: int) -> int:
         """Frames that the encoder makes of so many audio samples."""
@@ -137,16 +147,16 @@ class SpeechCollation:
     def _generator(self, reference: SampleReference, stream: str) -> np.random.Generator:
         return sample_generator(self.seed, reference.epoch, reference.index, stream, reference.source)
 
-    def _clip(self, reference: SampleReference, dataset: Data) -> np.ndarray:
-        source = dataset.sources[reference.source]
-        length = source.length(reference.index)
-        wanted = min(reference.limit or length, length)
-        start = int(self._generator(reference, "crop").integers(length - wanted + 1))
+    def _decode(self, reference: SampleReference, member: Member, out: np.ndarray) -> None:
+        """Fill ``out`` with a crop of its length, wherever the sample's generator says."""
+        spare = member.length - len(out)
+        start = int(self._generator(reference, "crop").integers(spare + 1)) if spare else 0
         try:
-            waveform = decode_audio(source.read(reference.index).content, start, wanted)
-        except (DecodeError, ShardError, OSError, ValueError) as error:
-            raise SampleError(reference, source.keys(reference.index), str(error)) from error
-        return normalise(waveform) if self.data.normalise else waveform
+            decode_audio(member.content, start, len(out), out)
+        except DecodeError as error:
+            raise SampleError(reference, member.key, str(error)) from error
+        if self.data.normalise:
+            normalise_(out)
 
 
 class ImageCollation:
@@ -161,26 +171,47 @@ class ImageCollation:
         self, references: Sequence[SampleReference], dataset: Data, step: int = 0, number: int = 0
     ) -> ImageBatch:
         """The batch of these references, in their order."""
-        pixels = torch.stack([self._view(reference, dataset) for reference in references])
+        members = [_read(reference, dataset) for reference in references]
+        pixels = _empty((len(members), 3, self.data.image_size, self.data.image_size), torch.float32)
+        for view, reference, member in zip(pixels, references, members, strict=True):
+            self._view(reference, member, view)
         return ImageBatch(
             pixels=pixels,
-            labels=torch.tensor([dataset.sources[each.source].label(each.index) for each in references]),
-            keys=[dataset.sources[reference.source].keys(reference.index) for reference in references],
+            labels=torch.tensor([member.label for member in members]),
+            keys=[member.key for member in members],
             step=step,
             number=number,
             targets=pixels.numel(),
         )
 
-    def _view(self, reference: SampleReference, dataset: Data) -> Tensor:
-        source = dataset.sources[reference.source]
+    def _view(self, reference: SampleReference, member: Member, out: Tensor) -> None:
         try:
-            image = decode_image(source.read(reference.index).content)
-        except (DecodeError, ShardError, OSError, ValueError) as error:
-            raise SampleError(reference, source.keys(reference.index), str(error)) from error
+            image = decode_image(member.content)
+        except DecodeError as error:
+            raise SampleError(reference, member.key, str(error)) from error
         generator = None
         if self.augment:
             generator = sample_generator(self.seed, reference.epoch, reference.index, "augment", reference.source)
-        return view_image(image, self.data, generator)
+        view_image(image, self.data, generator, out)
+
+
+def _read(reference: SampleReference, dataset: Data) -> Member:
+    """The sample's bytes. A shard that is damaged is the sample's fault; a disk or a store that fails is not, and stops
+    the run: what took the sample's place would not be there again when it is repeated.
+    """
+    source = dataset.sources[reference.source]
+    try:
+        return source.read(reference.index)
+    except ShardError as error:
+        raise SampleError(reference, source.keys(reference.index), str(error)) from error
+    except OSError as error:
+        error.add_note(f"while reading sample {reference.index} of split {source.split!r} of {source.path}")
+        raise
+
+
+def _empty(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    """Memory for a batch, pinned where a GPU may fetch it while it computes."""
+    return torch.empty(shape, dtype=dtype, pin_memory=torch.cuda.is_available())
 
 
 def _to(batch: Batch, device: torch.device | str) -> Batch:

@@ -5,16 +5,18 @@ state that a checkpoint would need: what it gives at step ``t`` depends on ``t``
 before.
 
 Threads and no worker processes: the decoders release the interpreter's lock, and a clip that crosses a process border
-costs more than decoding it.
+costs more than decoding it. A thread makes a whole micro-batch: to share one among threads would give none more to do.
 """
 
 from __future__ import annotations
 
 import logging
+import math
 import time
 from collections import deque
 from collections.abc import Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from contextlib import suppress
 from itertools import chain, islice
 from threading import Lock
 from typing import Any
@@ -26,6 +28,8 @@ from pipeline.data.mixing import Data
 from pipeline.data.plan import SampleReference, SamplingPlan
 
 logger = logging.getLogger(__name__)
+
+WAIT_LINE_EVERY = 30.0  # seconds between lines that tell what is being waited for
 
 
 class TooManyBadSamples(RuntimeError):
@@ -68,11 +72,13 @@ class Loader(Iterator[list[Any]]):
         self._numbers = range(rank, micro_batches, world_size)
         self._next_step = start_step
         self._end = None if steps is None else start_step + steps
-        self._prefetch = prefetch
+        # Memory is bounded by what is decoded ahead; with less than a micro-batch a thread, some would have no work.
+        self._prefetch = max(prefetch, math.ceil(threads / len(self._numbers)))
         self._max_bad = max_bad
         self._counting = Lock()
         self._pool = ThreadPoolExecutor(threads, thread_name_prefix="tessera-decode")
         self._ahead: deque[list[Future[Any]]] = deque()
+        self._in_work: dict[tuple[int, int], list[str]] = {}  # step and micro-batch → keys, none until it is planned
 
     def __iter__(self) -> Loader:
         return self
@@ -84,13 +90,28 @@ class Loader(Iterator[list[Any]]):
             raise StopIteration
         began = time.perf_counter()
         try:
-            item = [future.result() for future in self._ahead.popleft()]
+            item = [self._await(future) for future in self._ahead.popleft()]
         except BaseException:
             self.close()
             raise
         self.wait_seconds += time.perf_counter() - began
         self._fill()
         return item
+
+    def _await(self, future: Future[Any]) -> Any:
+        """The future's result; a wait that lasts is told in the log, with what is being read."""
+        began = time.monotonic()
+        while not wait([future], timeout=WAIT_LINE_EVERY).done:
+            logger.warning("waiting for data since %.0f s: %s", time.monotonic() - began, self._describe_work())
+        return future.result()
+
+    def _describe_work(self) -> str:
+        """The micro-batches that the threads are at."""
+        lines = []
+        for (step, number), keys in sorted(self._in_work.copy().items()):
+            samples = ", ".join(keys[:5]) + (", …" if len(keys) > 5 else "") or "not known yet"
+            lines.append(f"step {step}, micro-batch {number} (samples {samples})")
+        return "; ".join(lines)
 
     def _fill(self) -> None:
         while len(self._ahead) < self._prefetch and (self._end is None or self._next_step < self._end):
@@ -99,9 +120,19 @@ class Loader(Iterator[list[Any]]):
             self._next_step += 1
 
     def _load(self, step: int, number: int) -> Any:
+        self._in_work[step, number] = []
+        try:
+            return self._decode(step, number)
+        finally:
+            del self._in_work[step, number]
+
+    def _decode(self, step: int, number: int) -> Any:
         planned = self.plan.micro_batch(step, number)
         references = list(planned)
         attempts = dict.fromkeys(range(len(planned)), 0)
+        self._in_work[step, number] = [
+            self.dataset.sources[reference.source].keys(reference.index) for reference in planned
+        ]
         while True:
             try:
                 return self.collation(references, self.dataset, step, number)
@@ -129,9 +160,13 @@ class Loader(Iterator[list[Any]]):
                 ) from error
 
     def close(self) -> None:
-        """Stop decoding; what was decoded ahead is dropped."""
+        """Stop decoding; what was decoded ahead is dropped, and what a thread is at is waited for."""
+        running = [future for futures in self._ahead for future in futures if not future.cancel()]
         self._ahead.clear()
         self._end = self._next_step
+        for future in running:
+            with suppress(Exception):  # it would have been raised when its turn came
+                self._await(future)
         self._pool.shutdown(wait=True, cancel_futures=True)
 
     def __enter__(self) -> Loader:

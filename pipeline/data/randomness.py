@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 from functools import lru_cache
+from typing import Any
 
 import numpy as np
 
@@ -29,4 +30,16 @@ def sample_generator(seed: int, epoch: int, index: int, stream: str, source: int
     """
     counter = np.array([0, source & _WORD, epoch & _WORD, index & _WORD], dtype=np.uint64)
     key = np.array([seed & _WORD, _stream_word(stream)], dtype=np.uint64)
-    return np.random.Generator(np.random.Philox(counter=counter, key=key))
+    return np.random.Generator(np.random.Philox(_Key(key), counter=counter))  # type: ignore[arg-type]  # stubs lack it
+
+
+class _Key(np.random.bit_generator.ISeedSequence):
+    """Hands Philox its key. Its own ``key=`` would do, but first asks the operating system for entropy that nobody
+    uses, which takes longer than all the rest.
+    """
+
+    def __init__(self, key: np.ndarray) -> None:
+        self.key = key
+
+    def generate_state(self, n_words: int, dtype: Any = np.uint64) -> np.ndarray:
+        return self.key

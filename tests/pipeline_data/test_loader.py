@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import shutil
+import threading
+import time
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -69,7 +72,7 @@ def steps_of(reference: list[SpeechBatch]) -> int:
     return len(reference) // BATCH.micro_batches
 
 
-@pytest.mark.parametrize(("threads", "prefetch"), [(2, 2), (7, 5)])
+@pytest.mark.parametrize(("threads", "prefetch"), [(1, 4), (2, 2), (3, 1), (4, 3), (7, 5)])
 def test_threads_change_no_bit(speech_dataset: Path, reference: list[SpeechBatch], threads: int, prefetch: int) -> None:
     assert_same(stream(speech_dataset, steps_of(reference), threads=threads, prefetch=prefetch), reference)
 
@@ -180,6 +183,57 @@ def test_waiting_is_counted_and_the_end_comes(speech_dataset: Path) -> None:
     assert loader.wait_seconds > 0
     with pytest.raises(StopIteration):
         next(loader)
+
+
+def test_a_read_that_hangs_is_told_with_its_samples_and_a_failing_disk_stops_the_run(
+    speech_dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A pipe in a shard's place: to open it takes as long as nobody writes, and then it can't be read as a file."""
+    shutil.copytree(speech_dataset, tmp_path / "set")
+    monkeypatch.setattr("pipeline.data.loader.WAIT_LINE_EVERY", 0.05)
+    dataset, plan = parts(tmp_path / "set")
+    victim = plan.micro_batch(0, 0)[0].index
+    shard = int(np.searchsorted(dataset.shard_starts, victim, side="right")) - 1
+    tar = tmp_path / "set" / dataset.manifest.splits["train"].shards[shard].file
+    tar.unlink()
+    os.mkfifo(tar)
+
+    def write_when_told() -> None:
+        while len(caplog.messages) < 3:
+            time.sleep(0.01)
+        tar.open("wb").close()
+
+    writer = threading.Thread(target=write_when_told)
+    with build_loader(dataset, plan, COLLATION, threads=1) as loader:
+        writer.start()
+        with pytest.raises(OSError, match="Illegal seek") as failure:
+            next(loader)
+        writer.join()
+    assert any("while reading sample" in note for note in failure.value.__notes__)
+    assert not loader.bad
+    assert "waiting for data since 0 s: step 0, micro-batch 0 (samples " in caplog.text
+    assert dataset.keys(victim) in caplog.text
+
+
+@pytest.mark.parametrize(("threads", "prefetch", "steps"), [(1, 1, 1), (2, 3, 3), (16, 1, 3)])
+def test_memory_is_bounded_by_what_is_decoded_ahead(
+    speech_dataset: Path, threads: int, prefetch: int, steps: int
+) -> None:
+    """Steps decoded ahead: as many as asked for, but a micro-batch a thread at least."""
+    dataset, plan = parts(speech_dataset)
+    seen: list[int] = []
+
+    class Recorded(SpeechCollation):
+        def __call__(self, *args: object, **options: object) -> SpeechBatch:
+            batch = super().__call__(*args, **options)  # type: ignore[arg-type]
+            seen.append(batch.step)
+            return batch
+
+    collation = Recorded(DATA, MaskingConfig(negatives=10), LAYERS, seed=1)
+    with build_loader(dataset, plan, collation, threads=threads, prefetch=prefetch) as loader:
+        next(loader)
+        loader._pool.shutdown(wait=True)
+        assert sorted(seen) == [step for step in range(steps + 1) for _ in range(BATCH.micro_batches)]
 
 
 def test_ranks_that_do_not_divide_the_batch_are_refused(speech_dataset: Path) -> None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from itertools import product
 
+import numpy as np
+
 from pipeline.data import sample_generator
 
 
@@ -18,3 +20,13 @@ def test_numbers_do_not_change_between_versions() -> None:
     """Runs that began with an older Tessera or NumPy must be able to go on: these numbers are part of the format."""
     generator = sample_generator(seed=7, epoch=3, index=11, stream="mask")
     assert generator.integers(0, 1_000_000, 5).tolist() == [796800, 994284, 478048, 223561, 925277]
+
+
+def test_generators_are_numpys_own_philox_of_that_key_and_counter() -> None:
+    ours = sample_generator(seed=7, epoch=3, index=11, stream="mask").bit_generator.state
+    assert ours["bit_generator"] == "Philox"
+    assert ours["state"]["key"][0] == 7
+    theirs = np.random.Philox(key=ours["state"]["key"], counter=ours["state"]["counter"])
+    assert np.array_equal(
+        sample_generator(seed=7, epoch=3, index=11, stream="mask").bit_generator.random_raw(100), theirs.random_raw(100)
+    )
