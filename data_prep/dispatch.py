@@ -19,6 +19,7 @@ from typing import Any
 from data_prep.failure import PreparationError, is_full
 from data_prep.shard import ShardRecord, finished_record, write_shard
 from data_prep.shard_plan import Settings, ShardTask
+from pipeline.data.storage import is_remote
 
 IN_FLIGHT_PER_CPU = 2  # enough to keep the workers busy; the rest waits here and not in Ray's queue
 MOST_AT_ONE_FILE = 4  # failures of a shard
@@ -33,8 +34,8 @@ CANCEL_SECONDS = 10.0  # for workers to leave what they do
 class Job:
     """What all shards of a preparation have in common."""
 
-    out: Path
-    workspace: Path  # on the same file system; every machine sees it under this path
+    out: Path | str  # a folder or a URL
+    workspace: Path  # on the folder's file system, where every machine sees it; each its own for a URL
     settings: Settings
     classes: dict[str, int]
     plan: str
@@ -97,6 +98,8 @@ def write_shards(job: Job, tasks: list[ShardTask], workers: int | None, ray_addr
 
 def _write(job: Job, task: ShardTask, suspects: list[int]) -> ShardRecord:
     """Write one shard, in a Ray worker, and note in the workspace which file is next: who dies can't say it later."""
+    if is_remote(job.out):
+        job.workspace.mkdir(parents=True, exist_ok=True)
     with _marker(job, task).open("wb", buffering=0) as marker:
 
         def report(place: int) -> None:
@@ -159,7 +162,7 @@ class _Retries:
         too_many = places.count(place) >= MOST_AT_ONE_FILE or len(places) >= MOST_FAILURES
         if too_many or not (died or isinstance(cause, OSError)):
             raise PreparationError(self._explain(task, cause, died)) from error
-        self.waiting.append((time.monotonic() + FIRST_PAUSE * 2 ** min(len(places) - 1, 6), task))
+        self.waiting.append((time.monotonic() + FIRST_PAUSE * 2 ** (places.count(place) - 1), task))
         return None
 
     def _explain(self, task: ShardTask, cause: Exception, died: bool) -> str:
