@@ -16,6 +16,7 @@ import socket
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import IO
 from uuid import uuid4
 
@@ -61,6 +62,15 @@ def sole_workspace(folder: Path) -> Iterator[Path]:
                 _remove(workspace)
         finally:
             file.truncate(0)  # the file stays: a lock on a removed one would keep nobody out
+
+
+@contextmanager
+def own_workspace() -> Iterator[Path]:
+    """Yield a new folder for temporary files on this machine, for a data set behind a URL, which knows no locks: of two
+    preparations of one plan, each writes what the other does.
+    """
+    with TemporaryDirectory(prefix="tessera-", ignore_cleanup_errors=True) as folder:
+        yield Path(folder)
 
 
 def _remove(workspace: Path) -> None:

@@ -15,18 +15,20 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from tempfile import gettempdir
 from typing import Literal
 
 from data_prep.dispatch import Job, write_shards
 from data_prep.failure import PreparationError, PreparationStopped, full_disk, is_full
-from data_prep.lock import sole_workspace
+from data_prep.lock import own_workspace, sole_workspace
 from data_prep.progress import PreparationProgress, Tally, console_progress
-from data_prep.shard import RECORD_FOLDER, Refusal, ShardRecord, finished_record
+from data_prep.shard import RECORD_FOLDER, Refusal, ShardRecord, finished_records
 from data_prep.shard_plan import Settings, ShardTask, check_splits, parse_splits, plan_hash, plan_shards
 from data_prep.source import scan
 from pipeline.data.config import SAMPLE_RATE
 from pipeline.data.lengths import LENGTHS_NAME, stack_histograms, write_lengths
-from pipeline.data.manifest import Manifest, SplitEntry, write_manifest, write_whole
+from pipeline.data.manifest import Manifest, SplitEntry, write_manifest
+from pipeline.data.storage import as_place, open_folder
 
 QUARANTINE_NAME = "quarantine.jsonl"
 PLAN_NAME = "plan.json"
@@ -39,7 +41,7 @@ class PreparationSummary:
     """What a preparation made."""
 
     kind: str
-    out: Path
+    out: Path | str
     samples: int
     seconds: float  # of speech
     pixels: int  # of images
@@ -66,7 +68,7 @@ class PreparationSummary:
         if self.reused:
             lines.append(f"{self.reused} shards were finished before")
         if self.refused:
-            lines.append(f"{len(self.refused)} files refused, see {self.out / QUARANTINE_NAME}:")
+            lines.append(f"{len(self.refused)} files refused, see {open_folder(self.out).url(QUARANTINE_NAME)}:")
             lines += [f"  {refusal.path}: {refusal.reason}" for refusal in self.refused[:10]]
         return "\n".join(lines)
 
@@ -83,15 +85,23 @@ def prepare(
     workers: int | None = None,
     ray_address: str | None = None,
     seed: int = 0,
+    check: Literal["full", "header"] = "full",
+    max_seconds: float | None = None,
     image_size: int | None = None,
+    image_format: Literal["keep", "jpeg"] = "keep",
+    jpeg_quality: int = 95,
+    colour: Literal["keep", "rgb", "grey"] = "keep",
     progress: Callable[[PreparationProgress], None] | None = None,
 ) -> PreparationSummary:
-    """Make the data set ``out`` from ``source``: a folder, a .tar, or a text file with a path a line.
+    """Make the data set ``out`` from ``source``: a folder, with tars in it or without, a .tar, or a text file with a
+    path a line. Either may be a URL, such as ``s3://bucket/set``; every machine then needs the credentials.
 
     ``shard_bytes`` is the size to aim at; ``splits`` the shares, dealt by the hash of each key, with
     ``split_by="label"`` by speaker or class; ``workers`` how many shards are written at once (by default one a CPU of
-    the Ray cluster); ``image_size`` the shorter side that larger images are scaled to. ``progress`` replaces the bar
-    on the console.
+    the Ray cluster). ``check="header"`` does not decode what is stored as it came. ``max_seconds``: longer recordings
+    are cut at quiet places. ``image_size``: the shorter side that larger images are scaled to; ``image_format`` and
+    ``colour``: what all images are to be; ``jpeg_quality``: of those that are encoded anew. ``progress`` replaces the
+    bar on the console.
 
     Raises :class:`data_prep.source.SourceError` for a source that can't be read, ``ValueError`` for settings that
     mean nothing, :class:`PreparationError` if ``out`` holds something else or is being prepared, the disk is full, a
@@ -99,8 +109,22 @@ def prepare(
     gone, and :class:`PreparationStopped`, a ``KeyboardInterrupt``, after Ctrl-C or SIGTERM.
     """
     began = time.monotonic()
-    source, out = Path(source), Path(out)
-    settings = _settings(kind, shard_bytes, splits, split_by, on_bad, seed, image_size)
+    source, out = as_place(source), as_place(out)
+    shares = parse_splits(splits) if isinstance(splits, str) else dict(splits)
+    settings = Settings(
+        kind,
+        shard_bytes,
+        tuple(shares.items()),
+        split_by,
+        seed,
+        image_size,
+        check,
+        max_seconds,
+        image_format,
+        jpeg_quality,
+        colour,
+    )
+    _refuse_meaningless(settings, on_bad)
     found = scan(kind, source, leave_out=out)
     tasks = plan_shards(found.files, settings)
     plan = plan_hash(tasks, settings)
@@ -108,10 +132,13 @@ def prepare(
     records: dict[str, ShardRecord] = {}
     _refuse_foreign(out)
     try:
-        with _stop_in_order(), sole_workspace(out / RECORD_FOLDER) as workspace:
+        with (
+            _stop_in_order(),
+            own_workspace() if isinstance(out, str) else sole_workspace(out / RECORD_FOLDER) as workspace,
+        ):
             _claim(out, plan, source)
             places = {label: place for place, label in enumerate(classes)}
-            job = Job(out.resolve(), workspace.resolve(), settings, places, plan)
+            job = Job(out if isinstance(out, str) else out.resolve(), workspace.resolve(), settings, places, plan)
             reused = _write_missing(job, tasks, records, on_bad, workers, ray_address, progress)
             manifest, refused = _finish(out, tasks, records, settings, classes)
     except KeyboardInterrupt as stop:
@@ -123,7 +150,7 @@ def prepare(
             raise
         missing = [task for task in tasks if task.stem not in records]
         files, size = sum(len(task.files) for task in missing), sum(task.bytes for task in missing)
-        raise full_disk(out, error, files, size) from error
+        raise full_disk(Path(gettempdir()) if isinstance(out, str) else out, error, files, size) from error
     return PreparationSummary(
         kind=kind,
         out=out,
@@ -152,7 +179,8 @@ def _write_missing(
     """Fill ``records`` with those of all ``tasks``, writing the shards that are missing; returns how many were
     there.
     """
-    there = [(task, record) for task in tasks if (record := finished_record(job.out, task, job.plan)) is not None]
+    finished = finished_records(job.out, tasks, job.plan)
+    there = [(task, finished[task.stem]) for task in tasks if task.stem in finished]
     for task, record in there:
         _check_refusals(record, on_bad)
         records[task.stem] = record
@@ -172,54 +200,57 @@ def _write_missing(
     return len(there)
 
 
-def _settings(
-    kind: str,
-    shard_bytes: int,
-    splits: str | Mapping[str, float],
-    split_by: str,
-    on_bad: str,
-    seed: int,
-    image_size: int | None,
-) -> Settings:
-    """The settings, refused where they mean nothing."""
+def _refuse_meaningless(settings: Settings, on_bad: str) -> None:
+    """Raise ``ValueError`` for settings that mean nothing."""
     choices = {
-        "kind": (kind, ("speech", "image")),
-        "split_by": (split_by, ("file", "label")),
+        "kind": (settings.kind, ("speech", "image")),
+        "split_by": (settings.split_by, ("file", "label")),
         "on_bad": (on_bad, ("quarantine", "fail")),
+        "check": (settings.check, ("full", "header")),
+        "image_format": (settings.image_format, ("keep", "jpeg")),
+        "colour": (settings.colour, ("keep", "rgb", "grey")),
     }
     for name, (value, allowed) in choices.items():
         if value not in allowed:
             raise ValueError(f"{name}={value!r}: use {' or '.join(allowed)}")
-    if shard_bytes < 1:
-        raise ValueError(f"shard_bytes={shard_bytes}: use a size in bytes, for example {DEFAULT_SHARD_BYTES}")
+    if settings.shard_bytes < 1:
+        raise ValueError(f"shard_bytes={settings.shard_bytes}: use a size in bytes, for example {DEFAULT_SHARD_BYTES}")
+    kind, image_size, max_seconds = settings.kind, settings.image_size, settings.max_seconds
     if image_size is not None and (kind != "image" or image_size < 8):
         raise ValueError(f"image_size={image_size} with kind={kind}: it is for images, 8 pixels or more")
-    shares = parse_splits(splits) if isinstance(splits, str) else dict(splits)
-    check_splits(shares)
-    return Settings(kind, shard_bytes, tuple(shares.items()), split_by, seed, image_size)
+    if max_seconds is not None and (kind != "speech" or not 1 <= max_seconds < 1e6):
+        raise ValueError(f"max_seconds={max_seconds:g} with kind={kind}: it is for speech, one second or more")
+    if not 1 <= settings.jpeg_quality <= 100:
+        raise ValueError(f"jpeg_quality={settings.jpeg_quality}: use a number from 1 to 100, such as 95")
+    check_splits(dict(settings.splits))
 
 
-def _refuse_foreign(out: Path) -> None:
+def _refuse_foreign(out: Path | str) -> None:
     """Raise :class:`PreparationError` if ``out`` holds files that are not ours."""
-    if out.exists() and not out.is_dir():
+    if isinstance(out, Path) and out.exists() and not out.is_dir():
         raise PreparationError(f"{out} is a file: give a folder for the data set")
-    begun = (out / RECORD_FOLDER / PLAN_NAME).is_file()
-    if not begun and out.is_dir() and any(path.name != RECORD_FOLDER for path in out.iterdir()):
+    folder = open_folder(out)
+    begun = folder.size(f"{RECORD_FOLDER}/{PLAN_NAME}") is not None
+    if not begun and any(not file.name.startswith(f"{RECORD_FOLDER}/") for file in folder.files()):
         raise PreparationError(f"{out} holds files that no preparation made: give an empty or a new folder")
 
 
-def _claim(out: Path, plan: str, source: Path) -> None:
+def _claim(out: Path | str, plan: str, source: Path | str) -> None:
     """Make ``out`` the folder of this plan, and clear what a killed driver left; refuse another plan's."""
-    claim = out / RECORD_FOLDER / PLAN_NAME
-    if not claim.is_file():
-        write_whole(claim, json.dumps({"plan": plan}).encode())
-    elif json.loads(claim.read_text()).get("plan") != plan:
+    folder, claim = open_folder(out), f"{RECORD_FOLDER}/{PLAN_NAME}"
+    try:
+        claimed = json.loads(folder.read(claim)).get("plan")
+    except FileNotFoundError:
+        folder.write_whole(claim, json.dumps({"plan": plan}).encode())
+        claimed = plan
+    if claimed != plan:
         raise PreparationError(
             f"{out} holds a data set of other files or settings than these of {source} "
             "(a changed file counts as another): give another folder, or remove this one"
         )
-    for leftover in (*out.glob("*.tmp-*"), *out.glob("*/*.tmp-*")):
-        leftover.unlink(missing_ok=True)
+    if isinstance(out, Path):  # a store takes files whole or not at all
+        for leftover in (*out.glob("*.tmp-*"), *out.glob("*/*.tmp-*")):
+            leftover.unlink(missing_ok=True)
 
 
 @contextmanager
@@ -248,12 +279,12 @@ def _check_refusals(record: ShardRecord, on_bad: str) -> None:
 
 
 def _finish(
-    out: Path, tasks: list[ShardTask], records: dict[str, ShardRecord], settings: Settings, classes: list[str]
+    out: Path | str, tasks: list[ShardTask], records: dict[str, ShardRecord], settings: Settings, classes: list[str]
 ) -> tuple[Manifest, list[Refusal]]:
     """Write quarantine and manifest; the manifest comes last, and with it the data set exists."""
     refused = sorted((refusal for record in records.values() for refusal in record.refused), key=lambda each: each.path)
     lines = [json.dumps(refusal.model_dump(), ensure_ascii=False) + "\n" for refusal in refused]
-    write_whole(out / QUARANTINE_NAME, "".join(lines).encode())
+    open_folder(out).write_whole(QUARANTINE_NAME, "".join(lines).encode())
     splits = {}
     for name, _ in settings.splits:
         splits[name] = _split_entry(out, name, [records[task.stem] for task in tasks if task.split == name])
@@ -269,13 +300,13 @@ def _finish(
     if not manifest.samples:
         raise PreparationError(
             f"all {len(refused)} files were refused, the first because: {refused[0].reason} "
-            f"(see {out / QUARANTINE_NAME})"
+            f"(see {open_folder(out).url(QUARANTINE_NAME)})"
         )
     write_manifest(out, manifest)
     return manifest, refused
 
 
-def _split_entry(out: Path, name: str, records: list[ShardRecord]) -> SplitEntry:
+def _split_entry(out: Path | str, name: str, records: list[ShardRecord]) -> SplitEntry:
     """The split of these shards' records, its length histograms written."""
     entries = [record.entry for record in records if record.entry is not None]
     labels: Counter[str] = Counter()
@@ -290,5 +321,5 @@ def _split_entry(out: Path, name: str, records: list[ShardRecord]) -> SplitEntry
         labels=dict(sorted(labels.items())),
         lengths=table.sum(axis=0, dtype=int).tolist(),
         lengths_file=file,
-        lengths_sha256=write_lengths(out / file, table),
+        lengths_sha256=write_lengths(open_folder(out), file, table),
     )

@@ -12,7 +12,8 @@ import json
 import os
 import shutil
 from collections import Counter
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from uuid import uuid4
 
@@ -28,9 +29,10 @@ from pipeline.data.config import SAMPLE_RATE
 from pipeline.data.index import RECORD, ShardIndex
 from pipeline.data.lengths import length_histogram
 from pipeline.data.manifest import ShardEntry
-from pipeline.data.storage import fsync_folder, is_remote, write_whole
+from pipeline.data.storage import Folder, is_remote, open_folder, write_whole
 
 RECORD_FOLDER = ".prepare"
+_CONNECTIONS = 16  # to a remote data set at a time
 _AS_JSON = json.JSONEncoder(sort_keys=True, ensure_ascii=False).encode
 
 
@@ -57,30 +59,45 @@ class ShardRecord(BaseModel):
     labels: dict[str, int]  # samples of each class
 
 
-def record_path(out: Path, task: ShardTask) -> Path:
-    """Where a shard's record lies."""
-    return out / RECORD_FOLDER / f"{task.stem}.json"
+def record_name(task: ShardTask) -> str:
+    """Where a shard's record lies in the data set."""
+    return f"{RECORD_FOLDER}/{task.stem}.json"
 
 
-def finished_record(out: Path, task: ShardTask, plan: str) -> ShardRecord | None:
+def finished_record(out: str | Path, task: ShardTask, plan: str) -> ShardRecord | None:
     """The record of a shard that this preparation has completed, or None if it is to be written."""
-    path = record_path(out, task)
+    folder = open_folder(out)
+    return _whole_record(folder, task, plan, folder.size)
+
+
+def finished_records(out: str | Path, tasks: Sequence[ShardTask], plan: str) -> dict[str, ShardRecord]:
+    """The same of all ``tasks``, by stem; the folder is listed once."""
+    folder = open_folder(out)
+    sizes = {file.name: file.size for file in folder.files()}
+    begun = [task for task in tasks if record_name(task) in sizes]
+    with ThreadPoolExecutor(_CONNECTIONS) as pool:
+        records = pool.map(lambda task: _whole_record(folder, task, plan, sizes.get), begun)
+        return {task.stem: record for task, record in zip(begun, records, strict=True) if record is not None}
+
+
+def _whole_record(
+    folder: Folder, task: ShardTask, plan: str, size_of: Callable[[str], int | None]
+) -> ShardRecord | None:
     try:
-        record = ShardRecord.model_validate_json(path.read_bytes())
+        record = ShardRecord.model_validate_json(folder.read(record_name(task)))
     except (OSError, ValidationError):
         return None
     if record.plan != plan:
         return None
     if record.entry is not None:
         for name, size in ((record.entry.file, record.entry.bytes), (record.entry.index_file, record.index_bytes)):
-            file = out / name
-            if not file.is_file() or file.stat().st_size != size:
+            if size_of(name) != size:
                 return None
     return record
 
 
 def write_shard(
-    out: Path,
+    out: str | Path,
     workspace: Path,
     task: ShardTask,
     settings: Settings,
@@ -94,20 +111,21 @@ def write_shard(
 
     Everything is written in a folder of its own below ``workspace``, which must exist on ``out``'s file system, and
     renamed from there: once a later preparation has removed the workspace, a worker that outlived its driver can
-    publish nothing more. ``report(place)`` is called before each file of the task, and at the end with their number.
+    publish nothing more. To a URL everything is uploaded from there, the record last; an orphan's uploads are those of
+    its plan, byte for byte. ``report(place)`` is called before each file of the task, and at the end with their number.
     At the places ``suspects`` a worker has died: those files are first decoded in a process of their own.
     """
     room = workspace / uuid4().hex
     room.mkdir()
     try:
-        return _write_in(room, out, task, settings, classes, plan, report, suspects)
+        return _write_in(room, open_folder(out), task, settings, classes, plan, report, suspects)
     finally:
         shutil.rmtree(room, ignore_errors=True)
 
 
 def _write_in(
     room: Path,
-    out: Path,
+    out: Folder,
     task: ShardTask,
     settings: Settings,
     classes: dict[str, int],
@@ -160,8 +178,8 @@ def _write_in(
         )
         index_bytes = len(index)
         write_whole(index_file, index)
-        _publish(index_file, out / entry.index_file)
-        _publish(tar, out / entry.file)
+        out.publish(index_file, entry.index_file)
+        out.publish(tar, entry.file)
     record = ShardRecord(
         plan=plan,
         entry=entry,
@@ -171,7 +189,7 @@ def _write_in(
         labels=dict(sorted(labels.items())),
     )
     write_whole(record_file, record.model_dump_json().encode())
-    _publish(record_file, record_path(out, task))  # the last: with it the shard counts as done
+    out.publish(record_file, record_name(task))  # the last: with it the shard counts as done
     report(len(task.files))
     return record
 
@@ -187,13 +205,6 @@ def _checked(source: SourceFile, read: Callable[[], bytes], settings: Settings, 
     if suspect and (crash := crash_of(content, settings)) is not None:
         raise Refused(f"kills the process that decodes it ({crash})")
     return check_file(content, settings)
-
-
-def _publish(finished: Path, target: Path) -> None:
-    """Move a whole, synced file to its place, durably."""
-    target.parent.mkdir(parents=True, exist_ok=True)
-    finished.replace(target)
-    fsync_folder(target.parent)
 
 
 def describe(source: SourceFile, sample: CheckedSample) -> bytes:

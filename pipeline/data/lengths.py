@@ -15,7 +15,8 @@ from pathlib import Path
 import numpy as np
 
 from pipeline.data.config import LENGTH_BIN, MAX_BINS
-from pipeline.data.manifest import ManifestError, SplitEntry, write_whole
+from pipeline.data.manifest import ManifestError, SplitEntry
+from pipeline.data.storage import Folder, is_remote, open_folder
 
 LENGTHS_NAME = "lengths.npy"
 
@@ -34,23 +35,24 @@ def stack_histograms(histograms: Sequence[Sequence[int]]) -> np.ndarray:
     return table
 
 
-def write_lengths(path: Path, table: np.ndarray) -> str:
+def write_lengths(folder: Folder, name: str, table: np.ndarray) -> str:
     """Write such a table whole or not at all; returns the file's SHA-256."""
     buffer = io.BytesIO()
     np.save(buffer, table)
-    write_whole(path, buffer.getvalue())
+    folder.write_whole(name, buffer.getvalue())
     return hashlib.sha256(buffer.getvalue()).hexdigest()
 
 
-def read_lengths(folder: Path, split: SplitEntry) -> np.ndarray:
-    """The histograms of a speech split, uint32 ``(shards, bins)``, mapped and not loaded.
+def read_lengths(folder: str | Path, split: SplitEntry) -> np.ndarray:
+    """The histograms of a speech split, uint32 ``(shards, bins)``: mapped and not loaded, unless ``folder`` is a URL.
 
     Raises :class:`ManifestError` if the file is missing or is not the one that the manifest tells of.
     """
-    path = folder / (split.lengths_file or LENGTHS_NAME)
+    store, name = open_folder(folder), split.lengths_file or LENGTHS_NAME
+    path = store.url(name)
     remedy = f"run `tessera verify {folder}`, then prepare it again"
     try:
-        table = np.load(path, mmap_mode="r")
+        table = np.load(io.BytesIO(store.read(name))) if is_remote(folder) else np.load(path, mmap_mode="r")
     except FileNotFoundError:
         raise ManifestError(f"{path} is missing: {remedy}") from None
     except (ValueError, EOFError) as error:

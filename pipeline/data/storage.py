@@ -190,7 +190,10 @@ class LocalFolder(Folder):
         for folder, _, files in os.walk(self.place):
             for file in files:
                 path = Path(folder) / file
-                status = path.stat()
+                try:
+                    status = path.stat()
+                except FileNotFoundError:  # removed meanwhile, or a link to nowhere
+                    continue
                 yield StoredFile(path.relative_to(self.place).as_posix(), status.st_size, status.st_mtime_ns)
 
     def remove(self, name: str) -> None:

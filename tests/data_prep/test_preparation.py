@@ -16,8 +16,9 @@ import soundfile
 import webdataset
 from PIL import Image
 
-from data_prep import PreparationError, PreparationProgress, prepare
+from data_prep import PreparationError, PreparationProgress, prepare, verify
 from pipeline.data import ShardedDataset, read_manifest
+from pipeline.data.storage import open_folder
 from tests.conftest import IMAGE_SHARD_BYTES, SPEECH_SHARD_BYTES
 
 pytestmark = pytest.mark.usefixtures("ray_cluster")
@@ -204,15 +205,66 @@ def test_an_error_of_the_disk_is_told_with_the_shard(image_source: Path, tmp_pat
     out = tmp_path / "out"
     (out / ".prepare").mkdir(parents=True)
     (out / ".prepare" / "train").write_text("in the way of the records")
-    with pytest.raises(PreparationError, match=r"shard train/shard-000000 can't be written: .*repeat the command"):
+    with pytest.raises(PreparationError, match=r"shard train/shard-000000 can't be written, .*repeat the command"):
         prepare("image", image_source, out, splits="train", progress=quiet)
     (out / ".prepare" / "train").unlink()
     assert prepare("image", image_source, out, splits="train", progress=quiet).samples == 280
 
 
+def test_source_and_target_may_lie_in_an_object_store(
+    s3: str, image_source: Path, image_dataset: Path, tmp_path: Path
+) -> None:
+    """The same bytes as from and to folders of this machine; a lost shard is made again."""
+    store = open_folder(f"{s3}/{tmp_path.name}")
+    for path in image_source.rglob("*.jpg"):
+        store.write_whole(f"raw/{path.relative_to(image_source).as_posix()}", path.read_bytes())
+    source, out = store.url("raw"), store.url("images")
+    summary = prepare("image", source, out, shard_bytes=IMAGE_SHARD_BYTES, progress=quiet)
+    assert (summary.samples, len(summary.refused), summary.reused) == (280, 3, 0)
+    assert f"see {out}/quarantine.jsonl" in str(summary)
+    made = {
+        file.name: hashlib.sha256(open_folder(out).read(file.name)).hexdigest() for file in open_folder(out).files()
+    }
+    here = digests(image_dataset)
+    ours = [name for name in here if not name.startswith(".prepare")]  # the records name the plan, and so the source
+    assert {name: made[name] for name in ours} == {name: here[name] for name in ours}
+    assert {name for name in made if not name.startswith(".prepare")} == set(ours)
+    open_folder(out).remove("train/shard-000001.tar")
+    summary = prepare("image", source, out, shard_bytes=IMAGE_SHARD_BYTES, progress=quiet)
+    assert summary.reused == summary.shards - 1
+    assert hashlib.sha256(open_folder(out).read("train/shard-000001.tar")).hexdigest() == here["train/shard-000001.tar"]
+    with pytest.raises(PreparationError, match=f"{out} holds a data set of other files or settings"):
+        prepare("image", source, out, shard_bytes=IMAGE_SHARD_BYTES, seed=1, progress=quiet)
+    store.write_whole("mine/letter.txt", b"keep me")
+    with pytest.raises(PreparationError, match=f"{store.place}/mine holds files that no preparation made"):
+        prepare("image", source, store.url("mine"), progress=quiet)
+
+
+def test_long_recordings_become_pieces_with_keys_of_their_own(speech_source: Path, tmp_path: Path) -> None:
+    summary = prepare("speech", speech_source, tmp_path / "out", splits="train", max_seconds=3.0, progress=quiet)
+    dataset = ShardedDataset(tmp_path / "out")
+    keys = [dataset.keys(index) for index in range(len(dataset))]
+    assert len(set(keys)) == summary.samples > 208
+    assert max(dataset.length(index) for index in range(len(dataset))) <= 3 * 16_000
+    assert summary.hours == pytest.approx(0.193, abs=0.002)
+    pieces = [index for index, key in enumerate(keys) if "~" in key]
+    first = next(index for index in pieces if keys[index].endswith("~000001"))
+    before = dataset.length(keys.index(keys[first].replace("~000001", "~000000")))
+    metadata = dataset.read(first).metadata
+    assert metadata["begins_at"] == before / 16_000
+    assert keys[first].partition("~")[0] + ".flac" == metadata["source"]
+    assert verify(tmp_path / "out") == []
+
+
 @pytest.mark.parametrize(
     ("options", "says"),
     [
+        ({"max_seconds": 20.0}, "max_seconds=20 with kind=image: it is for speech"),
+        ({"kind": "speech", "max_seconds": 0.5}, "max_seconds=0.5 with kind=speech: it is for speech, one second"),
+        ({"check": "none"}, "check='none': use full or header"),
+        ({"colour": "cmyk"}, "colour='cmyk': use keep or rgb or grey"),
+        ({"image_format": "webp"}, "image_format='webp': use keep or jpeg"),
+        ({"jpeg_quality": 0}, "jpeg_quality=0: use a number from 1 to 100"),
         ({"kind": "video"}, "kind='video': use speech or image"),
         ({"on_bad": "ignore"}, "on_bad='ignore': use quarantine or fail"),
         ({"shard_bytes": 0}, "shard_bytes=0"),

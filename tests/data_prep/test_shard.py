@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from data_prep.shard import ShardRecord, finished_record, record_path, write_shard
+from data_prep.shard import ShardRecord, finished_record, record_name, write_shard
 from data_prep.shard_plan import Settings, ShardTask, plan_shards
 from data_prep.source import scan
 
@@ -100,7 +100,7 @@ def test_two_writers_of_one_shard_agree(task: ShardTask, tmp_path: Path) -> None
     outer = write_shard(out, workspace, task, SETTINGS, {}, "plan", second)
     assert [outer] == inner
     assert {name: (out / name).read_bytes() for name in files(out)} == before
-    assert record_path(out, task).is_file()
+    assert (out / record_name(task)).is_file()
 
 
 def test_a_source_that_is_not_mounted_is_no_fault_of_its_files(speech_source: Path, tmp_path: Path) -> None:
