@@ -17,6 +17,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 OBJECT_STORE_BYTES = 200 * 1024 * 1024  # file contents never go through Ray, so a small store will do
+START_ATTEMPTS = 3
 HEAD_SECONDS = 30.0
 KNOCK_SECONDS = 3.0
 KNOCK_EVERY = 0.5  # seconds
@@ -30,7 +31,7 @@ def ray_session(address: str | None = None, cpus: int | None = None) -> Iterator
     "ray://…"), and without one a Ray with ``cpus`` CPUs (by default all) is started here and shut down at the end.
     Starting takes about 10 s.
 
-    Raises ``ConnectionError`` if no cluster answers at ``address``.
+    Raises ``ConnectionError`` if no cluster answers at ``address``, or none could be started.
     """
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # leave CUDA_VISIBLE_DEVICES alone on CPU tasks
@@ -49,19 +50,40 @@ def ray_session(address: str | None = None, cpus: int | None = None) -> Iterator
 
 
 def _init(address: str | None, cpus: int | None) -> None:
+    """Join or start Ray; raises ``ConnectionError``."""
     import ray
 
     if address is not None:
-        ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
-    else:
-        ray.init(
-            address="local",
-            num_cpus=cpus,
-            include_dashboard=False,
-            log_to_driver=False,
-            logging_level=logging.ERROR,
-            object_store_memory=OBJECT_STORE_BYTES,
-        )
+        host, colon, port = address.removeprefix("ray://").rpartition(":")
+        if colon and port.isdecimal() and not _answers((host.strip("[]"), int(port))):  # Ray would try for two minutes
+            raise ConnectionError(f"no Ray cluster answers at {address}: give the address that `ray start` printed")
+        try:
+            ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
+        except (RuntimeError, TimeoutError) as error:  # as ConnectionError, which is raised for some of the causes
+            raise ConnectionError(f"no Ray cluster answers at {address}: {_first_line(error)}") from error
+        return
+    for attempt in range(1, START_ATTEMPTS + 1):
+        try:
+            ray.init(
+                address="local",
+                num_cpus=cpus,
+                include_dashboard=False,
+                log_to_driver=False,
+                logging_level=logging.ERROR,
+                object_store_memory=OBJECT_STORE_BYTES,
+            )
+            return
+        except Exception as error:  # a machine that is busy for 30 s makes Ray raise no finer class
+            ray.shutdown()
+            if attempt == START_ATTEMPTS:
+                raise ConnectionError(
+                    f"Ray did not start on this machine in {attempt} attempts: {_first_line(error)} Its logs are in "
+                    "/tmp/ray/session_latest/logs; try again when the machine has less to do"
+                ) from error
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 @contextmanager
