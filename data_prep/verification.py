@@ -1,7 +1,7 @@
 """The check of a finished data set against its manifest.
 
-In: a data set folder. Out: a list of :class:`Problem`, empty if all is well. Reads every byte of every shard once;
-writes nothing.
+In: a data set folder, or its URL. Out: a list of :class:`Problem`, empty if all is well. Reads every byte of every
+shard once; writes nothing there.
 """
 
 from __future__ import annotations
@@ -9,10 +9,12 @@ from __future__ import annotations
 import hashlib
 import tarfile
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import NamedTuple
 
 import numpy as np
@@ -23,6 +25,7 @@ from data_prep.shard import RECORD_FOLDER
 from pipeline.data.index import ShardError, ShardIndex, read_index
 from pipeline.data.lengths import LENGTHS_NAME, length_histogram, read_lengths
 from pipeline.data.manifest import MANIFEST_NAME, Manifest, ManifestError, ShardEntry, SplitEntry, read_manifest
+from pipeline.data.storage import Folder, LocalFolder, open_folder
 
 _BLOCK = 1 << 20
 
@@ -46,16 +49,16 @@ def verify(
 
     A shard that was damaged is made again, with the same bytes, by removing it and repeating the preparation.
     """
-    folder = Path(dataset)
+    folder = open_folder(dataset)
     try:
-        manifest = read_manifest(folder)
+        manifest = read_manifest(dataset)
     except ManifestError as error:
         return [Problem(MANIFEST_NAME, str(error))]
     problems: list[Problem] = []
     shards = manifest.shards()
     counts: list[ShardCounts | None] = []
     with ThreadPoolExecutor(threads) as pool:
-        for done, (found, counted) in enumerate(pool.map(lambda shard: _check_shard(folder, shard), shards), start=1):
+        for done, (found, counted) in enumerate(pool.map(lambda shard: _look(folder, shard), shards), start=1):
             problems += found
             counts.append(counted)
             if progress is not None:
@@ -68,9 +71,33 @@ def verify(
     return [*problems, *_check_quarantine(folder, manifest), *_check_strays(folder, manifest)]
 
 
-def _check_quarantine(folder: Path, manifest: Manifest) -> list[Problem]:
+@contextmanager
+def _here(folder: Folder, *names: str) -> Iterator[Path]:
+    """The folder of this machine in which these files of a data set lie, if they exist; those behind a URL are copied
+    for as long as it takes.
+    """
+    if isinstance(folder, LocalFolder):
+        yield folder.place
+        return
+    with TemporaryDirectory(prefix="tessera-") as copies:
+        for name in names:
+            target = Path(copies) / name
+            target.parent.mkdir(parents=True, exist_ok=True)
+            try:
+                folder.fetch(name, target)
+            except FileNotFoundError:
+                target.unlink(missing_ok=True)
+        yield Path(copies)
+
+
+def _look(folder: Folder, shard: ShardEntry) -> tuple[list[Problem], ShardCounts | None]:
+    with _here(folder, shard.file, shard.index_file) as here:
+        return _check_shard(here, shard)
+
+
+def _check_quarantine(folder: Folder, manifest: Manifest) -> list[Problem]:
     try:
-        listed = len((folder / QUARANTINE_NAME).read_text(encoding="utf-8").splitlines())
+        listed = folder.read(QUARANTINE_NAME).count(b"\n")
     except FileNotFoundError:
         return [Problem(QUARANTINE_NAME, "is missing")]
     if listed != manifest.refused:
@@ -78,12 +105,12 @@ def _check_quarantine(folder: Path, manifest: Manifest) -> list[Problem]:
     return []
 
 
-def _check_strays(folder: Path, manifest: Manifest) -> list[Problem]:
+def _check_strays(folder: Folder, manifest: Manifest) -> list[Problem]:
     """Files that the manifest does not know: left by an interrupted preparation, or put there by somebody."""
     known = {MANIFEST_NAME, QUARANTINE_NAME, *(split.lengths_file for split in manifest.splits.values())}
     known.update(name for shard in manifest.shards() for name in (shard.file, shard.index_file))
     problems = []
-    for name in sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()):
+    for name in sorted(file.name for file in folder.files()):
         ours = name.startswith(f"{RECORD_FOLDER}/")
         if ".tmp-" in name or (ours and WORKSPACE_PREFIX in name):
             problems.append(Problem(name, "is left over from an interrupted preparation: repeat that, or remove it"))
@@ -99,7 +126,7 @@ class ShardCounts(NamedTuple):
     labels: Counter[int]  # samples by place in the manifest's classes
 
 
-def _check_split(folder: Path, manifest: Manifest, name: str, counts: list[ShardCounts | None]) -> list[Problem]:
+def _check_split(folder: Folder, manifest: Manifest, name: str, counts: list[ShardCounts | None]) -> list[Problem]:
     """Compare a split's sums with its shards, and its length histograms with the indexes that could be read."""
     split = manifest.splits[name]
     problems = []
@@ -117,13 +144,14 @@ def _check_split(folder: Path, manifest: Manifest, name: str, counts: list[Shard
     if manifest.kind != "speech" or not split.shards:
         return problems
     lengths_file = split.lengths_file or f"{name}/{LENGTHS_NAME}"
-    found = _check_bytes(folder, lengths_file, split.lengths_sha256 or "", None)
-    if found:
-        return problems + found
-    try:
-        table = read_lengths(folder, split)
-    except ManifestError as error:
-        return [*problems, Problem(lengths_file, str(error))]
+    with _here(folder, lengths_file) as here:
+        found = _check_bytes(here, lengths_file, split.lengths_sha256 or "", None)
+        if found:
+            return problems + found
+        try:
+            table = read_lengths(here, split)
+        except ManifestError as error:
+            return [*problems, Problem(lengths_file, str(error))]
     if table.sum(axis=0, dtype=int).tolist() != split.lengths:
         problems.append(Problem(MANIFEST_NAME, f"the lengths of split {name} are not the sums of {lengths_file}"))
     for shard, row, each in zip(split.shards, table, counts, strict=True):

@@ -10,7 +10,7 @@ import os
 import sys
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -36,6 +36,22 @@ RecipeArgument = Annotated[
 class OnBad(StrEnum):
     quarantine = "quarantine"
     fail = "fail"
+
+
+class Check(StrEnum):
+    full = "full"
+    header = "header"
+
+
+class ImageFormat(StrEnum):
+    keep = "keep"
+    jpeg = "jpeg"
+
+
+class Colour(StrEnum):
+    keep = "keep"
+    rgb = "rgb"
+    grey = "grey"
 
 
 class Backend(StrEnum):
@@ -67,36 +83,12 @@ def demo(
     raise typer.Exit(run_demo(out, samples))
 
 
-def _prepare(
-    kind: str,
-    source: Path,
-    out: Path,
-    shard_bytes: int,
-    split: str,
-    on_bad: OnBad,
-    workers: int | None,
-    ray_address: str | None,
-    seed: int,
-    *,
-    split_by_label: bool = False,
-    image_size: int | None = None,
-) -> None:
+def _prepare(kind: str, source: str, out: str, **settings: Any) -> None:
     from data_prep import PreparationStopped, prepare
 
+    plain = {name: value.value if isinstance(value, StrEnum) else value for name, value in settings.items()}
     try:
-        summary = prepare(
-            kind,  # type: ignore[arg-type]
-            source,
-            out,
-            shard_bytes=shard_bytes,
-            splits=split,
-            split_by="label" if split_by_label else "file",
-            on_bad=on_bad.value,  # type: ignore[arg-type]
-            workers=workers,
-            ray_address=ray_address,
-            seed=seed,
-            image_size=image_size,
-        )
+        summary = prepare(kind, source, out, **plain)  # type: ignore[arg-type]
     except PreparationStopped as stop:
         typer.echo(str(stop), err=True)
         raise typer.Exit(130) from stop  # what shells say of Ctrl-C
@@ -111,9 +103,15 @@ RayAddress = Annotated[
     str | None, typer.Option(help="Address of a running Ray cluster, such as auto; by default this machine.")
 ]
 Seed = Annotated[int, typer.Option(min=0, help="Of the assignment of samples to shards.")]
-Source = Annotated[Path, typer.Argument(help="A folder, searched in depth, a .tar, or a text file with a path a line.")]
+CheckOption = Annotated[
+    Check, typer.Option(help="Decode every file, or read only the headers of those that are stored as they came.")
+]
+Source = Annotated[
+    str,
+    typer.Argument(help="A folder, searched in depth, a .tar, or a text file with a path a line; or the URL of one."),
+]
 Out = Annotated[
-    Path, typer.Argument(help="Folder of the data set; the same command again finishes an interrupted one.")
+    str, typer.Argument(help="Folder or URL of the data set; the same command again finishes an interrupted one.")
 ]
 
 
@@ -127,11 +125,26 @@ def prepare_speech(
     workers: Workers = None,
     ray_address: RayAddress = None,
     seed: Seed = 0,
+    check: CheckOption = Check.full,
     split_by_speaker: Annotated[bool, typer.Option(help="Keep a speaker (folder) within one split.")] = False,
+    max_seconds: Annotated[
+        float | None, typer.Option(min=1, help="Cut longer recordings into pieces, at quiet places.")
+    ] = None,
 ) -> None:
-    """FLAC, WAV, OGG, MP3 → WebDataset shards at 16 kHz."""
+    """FLAC, WAV, OGG, Opus, MP3 → WebDataset shards at 16 kHz."""
     _prepare(
-        "speech", source, out, shard_bytes, split, on_bad, workers, ray_address, seed, split_by_label=split_by_speaker
+        "speech",
+        source,
+        out,
+        shard_bytes=shard_bytes,
+        splits=split,
+        on_bad=on_bad,
+        workers=workers,
+        ray_address=ray_address,
+        seed=seed,
+        check=check,
+        split_by="label" if split_by_speaker else "file",
+        max_seconds=max_seconds,
     )
 
 
@@ -145,21 +158,41 @@ def prepare_images(
     workers: Workers = None,
     ray_address: RayAddress = None,
     seed: Seed = 0,
+    check: CheckOption = Check.full,
     image_size: Annotated[int | None, typer.Option(min=8, help="Shrink larger images to this shorter side.")] = None,
+    image_format: Annotated[ImageFormat, typer.Option(help="Store every image as JPEG.")] = ImageFormat.keep,
+    jpeg_quality: Annotated[int, typer.Option(min=1, max=100, help="Of images that are encoded anew.")] = 95,
+    colour: Annotated[Colour, typer.Option(help="Store every image in this colour mode.")] = Colour.keep,
 ) -> None:
     """JPEG, PNG, WebP → WebDataset shards; folders are classes."""
-    _prepare("image", source, out, shard_bytes, split, on_bad, workers, ray_address, seed, image_size=image_size)
+    _prepare(
+        "image",
+        source,
+        out,
+        shard_bytes=shard_bytes,
+        splits=split,
+        on_bad=on_bad,
+        workers=workers,
+        ray_address=ray_address,
+        seed=seed,
+        check=check,
+        image_size=image_size,
+        image_format=image_format,
+        jpeg_quality=jpeg_quality,
+        colour=colour,
+    )
 
 
 @app.command()
-def verify(dataset: Annotated[Path, typer.Argument(help="Data set folder.")]) -> None:
+def verify(dataset: Annotated[str, typer.Argument(help="Data set folder, or its URL.")]) -> None:
     """Check every shard of a data set against its manifest; exit 1 and a list when something is off."""
     import time
 
     from data_prep import verify as find_problems
     from data_prep.progress import VerificationProgress, console_progress
+    from pipeline.data.storage import is_remote
 
-    if not dataset.is_dir():
+    if not is_remote(dataset) and not Path(dataset).is_dir():
         raise FileNotFoundError(f"{dataset} does not exist: give the folder that `tessera prepare` made")
     began = time.monotonic()
     with console_progress("verifying") as show:

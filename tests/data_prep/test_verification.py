@@ -18,6 +18,7 @@ from launch.cli import app
 from pipeline.data import Manifest
 from pipeline.data.index import ShardIndex, read_index
 from pipeline.data.manifest import write_manifest
+from pipeline.data.storage import open_folder
 
 
 def test_a_sound_data_set_has_no_problems(speech_dataset: Path, image_dataset: Path) -> None:
@@ -210,3 +211,22 @@ def test_an_index_that_lies_is_found_though_its_hash_is_right(image_dataset: Pat
     (problem,) = verify(copy)
     assert problem.file == shards[0].index_file
     assert f"sample {index.keys[3]} is not where the index says" in problem.what
+
+
+def test_a_remote_data_set_is_verified_too(s3: str, image_dataset: Path, tmp_path: Path) -> None:
+    store = open_folder(f"{s3}/{tmp_path.name}")
+    for path in image_dataset.rglob("*"):
+        if path.is_file() and ".prepare" not in path.parts:
+            store.write_whole(path.relative_to(image_dataset).as_posix(), path.read_bytes())
+    assert verify(str(store.place)) == []
+    content = bytearray(store.read("train/shard-000001.tar"))
+    content[len(content) // 2] ^= 1
+    store.write_whole("train/shard-000001.tar", bytes(content))
+    store.remove("train/shard-000002.tar")
+    store.write_whole("train/mine.txt", b"")
+    problems = [str(problem) for problem in verify(str(store.place))]
+    assert len(problems) == 3
+    assert problems[0].startswith("train/shard-000001.tar: its SHA-256 is")
+    assert problems[1:] == ["train/shard-000002.tar: is missing", "train/mine.txt: is not in the manifest"]
+    (problem,) = verify(f"{s3}/nowhere")
+    assert f"{s3}/nowhere holds no manifest.json" in problem.what
