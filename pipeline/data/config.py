@@ -10,6 +10,8 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from pipeline.data.storage import Place
+
 SAMPLE_RATE = 16_000  # Hz; preparation resamples everything to it
 LENGTH_BIN = 1_600  # audio samples: clips are counted by length in steps of 0.1 s
 MAX_BINS = 6_000  # ten minutes: no clip is trained on that is longer
@@ -21,7 +23,7 @@ class MixedData(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    path: Path = Field(description="folder made by `tessera prepare`")
+    path: Place = Field(description="folder made by `tessera prepare`, or its URL")
     split: str = Field("train", min_length=1, description="split of the data set to train on")
     weight: float = Field(1.0, gt=0, allow_inf_nan=False, description="its share of the micro-batches, over the sum")
 
@@ -31,7 +33,7 @@ class DataConfig(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    path: Path | None = Field(None, description="folder made by `tessera prepare`")
+    path: Place | None = Field(None, description="folder made by `tessera prepare`, or its URL")
     split: str = Field("train", min_length=1, description="split of the data set to train on")
     mix: tuple[MixedData, ...] = Field((), description="instead of path: several data sets, each with a weight")
 
@@ -54,6 +56,8 @@ class DataConfig(BaseModel):
     random_crop: bool = Field(True, description="images: draw the crop's place; otherwise the centre")
     flip: bool = Field(True, description="images: mirror every other image, drawn per sample")
 
+    cache: Path | None = Field(None, description="folder for shards of remote data; none means one for temporary files")
+    cache_gigabytes: float = Field(50.0, gt=0, description="how much of remote data is kept there, in 1e9 bytes")
     threads: int = Field(2, ge=1, description="decoding threads on each rank")
     prefetch: int = Field(2, ge=1, description="optimiser steps that are decoded ahead")
     max_bad: int = Field(20, ge=0, description="samples that may fail to decode on a rank before the run stops")

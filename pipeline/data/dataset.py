@@ -1,23 +1,27 @@
 """A prepared data set as a sequence of samples with random access.
 
-In: a data set folder and a split. Out: encoded bytes and metadata of sample ``i``. Knows of all samples only where each
-shard's begin: a shard's index is read when a sample of it is first asked for, and few shards are kept open. One
-``pread`` a sample, so any number of threads can read at once.
+In: a data set folder, or its URL, and a split. Out: encoded bytes and metadata of sample ``i``. Knows of all samples
+only where each shard's begin: a shard's index is read when a sample of it is first asked for, and few shards are kept
+open. One ``pread`` a sample, so any number of threads can read at once. Remote shards are read from a cache of whole
+files on this machine (:mod:`pipeline.data.cache`).
 """
 
 from __future__ import annotations
 
 import json
 import os
+from collections.abc import Sequence
 from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from pipeline.data.index import ShardError, ShardIndex, read_index
+from pipeline.data.cache import RemoteFile, ShardCache
+from pipeline.data.index import RECORD, ShardError, ShardIndex, parse_index
 from pipeline.data.lengths import read_lengths
-from pipeline.data.manifest import ManifestError, read_manifest
+from pipeline.data.manifest import ManifestError, ShardEntry, read_manifest
+from pipeline.data.storage import as_place, is_remote, open_folder
 
 OPEN_INDEXES = 64  # two windows of the default size, and as many again
 OPEN_FILES = 64
@@ -44,14 +48,23 @@ class ShardedDataset:
     Attributes: ``manifest``; ``kind`` "speech" or "image"; ``fingerprint``, a name of the content and the split;
     ``shard_starts`` int64 ``(shards + 1,)``: the number of each shard's first sample, and ``len()`` at the end.
 
-    ``open_indexes`` of the shards' indexes are kept in memory, None for all. Raises :class:`ManifestError` if the
+    ``open_indexes`` of the shards' indexes are kept in memory, None for all; ``cache`` holds the files of a remote data
+    set, by default one of the default size. Raises :class:`ManifestError` if the
     folder or the split does not exist; each method that takes a sample raises ``IndexError`` for a number that there is
     not, and :class:`ShardError` if its shard's index can't be read.
     """
 
-    def __init__(self, path: str | Path, split: str = "train", open_indexes: int | None = OPEN_INDEXES) -> None:
-        self.path = Path(path)
+    def __init__(
+        self,
+        path: str | Path,
+        split: str = "train",
+        open_indexes: int | None = OPEN_INDEXES,
+        cache: ShardCache | None = None,
+    ) -> None:
+        self.path = as_place(path)
         self.split = split
+        self._store = open_folder(self.path)
+        self._cache = (cache or ShardCache()) if is_remote(self.path) else None
         self.manifest = read_manifest(self.path)
         if split not in self.manifest.splits:
             splits = ", ".join(sorted(self.manifest.splits))
@@ -105,7 +118,7 @@ class ShardedDataset:
         offset, size, json_offset, json_size, length, _, _, label = samples.records[row].item()
         block = os.pread(tar.descriptor, json_offset + json_size - offset, offset)
         if len(block) != json_offset + json_size - offset:
-            raise ShardError(f"{self.path / self._entries[shard].file} ends before sample {key}: it was cut short")
+            raise ShardError(f"{self._store.url(self._entries[shard].file)} ends before sample {key}: it was cut short")
         return Member(key, block[:size], length, label, block[json_offset - offset :])
 
     def shard_lengths(self, shard: int) -> np.ndarray:
@@ -116,6 +129,13 @@ class ShardedDataset:
     def length_table(self) -> np.ndarray:
         """Speech: clips of each shard by length, uint32 ``(shards, bins)``, see :mod:`pipeline.data.lengths`."""
         return read_lengths(self.path, self.manifest.splits[self.split])
+
+    def expect(self, shards: Sequence[int]) -> None:
+        """These shards will be read soon: what of them is far away begins to come, in this order."""
+        if self._cache is not None:
+            entries = [self._entries[shard] for shard in shards]
+            self._cache.prefetch(self._store, [_index_file(entry) for entry in entries])
+            self._cache.prefetch(self._store, [_tar_file(entry) for entry in entries])
 
     def _record(self, index: int) -> np.void:
         shard, row = self._place(index)
@@ -130,18 +150,26 @@ class ShardedDataset:
 
     def _read_index(self, shard: int) -> ShardIndex:
         entry = self._entries[shard]
-        index = read_index(self.path / entry.index_file)
+        name = self._store.url(entry.index_file)
+        with os.fdopen(self._open(_index_file(entry)), "rb") as file:
+            index = parse_index(file.read(), name)
         if len(index.keys) != entry.samples:
             raise ShardError(
-                f"{self.path / entry.index_file} holds {len(index.keys)} samples, the manifest says "
-                f"{entry.samples}: run `tessera verify {self.path}`"
+                f"{name} holds {len(index.keys)} samples, the manifest says {entry.samples}: "
+                f"run `tessera verify {self.path}`"
             )
         return index
 
     def _open_tar(self, shard: int) -> _OpenFile:
-        path = self.path / self._entries[shard].file
+        return _OpenFile(self._open(_tar_file(self._entries[shard])))
+
+    def _open(self, file: RemoteFile) -> int:
+        """A descriptor of one of the data set's files, or of its copy in the cache."""
+        if self._cache is not None:
+            return self._cache.open(self._store, file)
+        path = self._store.url(file.name)
         try:
-            return _OpenFile(os.open(path, os.O_RDONLY))
+            return os.open(path, os.O_RDONLY)
         except FileNotFoundError:
             raise ShardError(f"{path} is missing: run `tessera verify {self.path}`") from None
 
@@ -149,6 +177,15 @@ class ShardedDataset:
         """Let go of indexes and files; reading opens them again."""
         self._index.cache_clear()
         self._tar.cache_clear()
+
+
+def _tar_file(entry: ShardEntry) -> RemoteFile:
+    return RemoteFile(entry.file, entry.sha256, entry.bytes)
+
+
+def _index_file(entry: ShardEntry) -> RemoteFile:
+    # The manifest does not tell its size: room is kept for keys as long as a tar's plain headers can hold.
+    return RemoteFile(entry.index_file, entry.index_sha256, entry.samples * (RECORD.itemsize + 100))
 
 
 class _OpenFile:

@@ -45,23 +45,32 @@ class ShardIndex:
         return json.dumps(header).encode() + b"\n" + self.records.astype(RECORD).tobytes() + text.encode()
 
 
+_REMEDY = "run `tessera verify` on the data set, then prepare it again"
+
+
 def read_index(path: Path) -> ShardIndex:
     """Read an index; raises :class:`ShardError` if it is missing, cut short, or of another version."""
-    remedy = "run `tessera verify` on the data set, then prepare it again"
     try:
         content = path.read_bytes()
     except FileNotFoundError:
-        raise ShardError(f"{path} is missing: {remedy}") from None
+        raise ShardError(f"{path} is missing: {_REMEDY}") from None
+    return parse_index(content, str(path))
+
+
+def parse_index(content: bytes, name: str) -> ShardIndex:
+    """The index that a file holds; raises :class:`ShardError` calling it ``name`` if it is cut short, or of another
+    version.
+    """
     line, _, rest = content.partition(b"\n")
     try:
         header = json.loads(line)
         version, samples = header["version"], header["samples"]
     except (ValueError, KeyError, TypeError) as error:
-        raise ShardError(f"{path} is not an index: {remedy}") from error
+        raise ShardError(f"{name} is not an index: {_REMEDY}") from error
     if version != INDEX_VERSION:
-        raise ShardError(f"{path} has index version {version!r}, this Tessera reads {INDEX_VERSION}: {remedy}")
+        raise ShardError(f"{name} has index version {version!r}, this Tessera reads {INDEX_VERSION}: {_REMEDY}")
     size = samples * RECORD.itemsize
     keys = rest[size:].decode(errors="replace").splitlines()
     if len(rest) < size or len(keys) != samples:
-        raise ShardError(f"{path} says {samples} samples and holds {len(keys)} keys, it is damaged: {remedy}")
+        raise ShardError(f"{name} says {samples} samples and holds {len(keys)} keys, it is damaged: {_REMEDY}")
     return ShardIndex(np.frombuffer(rest[:size], dtype=RECORD), keys)

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from pipeline.data.cache import ShardCache
 from pipeline.data.config import MIX_TURNS, DataConfig
 from pipeline.data.dataset import OPEN_INDEXES, ShardedDataset
 
@@ -55,7 +56,8 @@ def open_data(data: DataConfig) -> Data:
     """The data sets that a configuration names. Raises :class:`ManifestError` for one that can't be opened."""
     # A full shuffle comes back to a shard all the time: its index is kept.
     open_indexes = None if data.shuffle == "full" else max(OPEN_INDEXES, 4 * data.window_shards)
-    sources = [ShardedDataset(each.path, each.split, open_indexes) for each in data.sources]
+    cache = ShardCache(data.cache, data.cache_gigabytes)  # one for all, so that together they keep its bound
+    sources = [ShardedDataset(each.path, each.split, open_indexes, cache) for each in data.sources]
     return sources[0] if len(sources) == 1 else Mixture(sources, [each.weight for each in data.sources])
 
 

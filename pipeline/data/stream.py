@@ -17,6 +17,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from bisect import bisect_right
 from collections import OrderedDict
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from threading import RLock
@@ -62,6 +63,8 @@ class Shards(Protocol):
     def length_table(self) -> np.ndarray: ...
 
     def shard_lengths(self, shard: int) -> np.ndarray: ...
+
+    def expect(self, shards: Sequence[int]) -> None: ...
 
 
 class Window(NamedTuple):
@@ -129,11 +132,13 @@ class Stream(ABC):
         with self._drawing:
             window = self._drawn.get((epoch, number))
             if window is None:
+                self._shards.expect(self.windows.shards(epoch, number).tolist())
                 generator = sample_generator(self._seed, epoch, number, "window", self._source)
                 window = self._draw(self.windows.shards(epoch, number), generator)
                 self._drawn[epoch, number] = window
                 while len(self._drawn) > _CACHED_WINDOWS:
                     self._drawn.popitem(last=False)
+                self._shards.expect(self.windows.following(epoch, number).tolist())
             return window
 
     @abstractmethod

@@ -40,6 +40,10 @@ class ShardWindows:
         """The shards of one window, int64 ``(shards of it,)``."""
         return self.order(epoch)[self.bounds[window] : self.bounds[window + 1]]
 
+    def following(self, epoch: int, window: int) -> np.ndarray:
+        """The shards of the window after one, which may be the next epoch's first."""
+        return self.shards(epoch, window + 1) if window + 1 < len(self) else self.shards(epoch + 1, 0)
+
     def holding(self, epoch: int, shard: int) -> int:
         """The window that a shard is in."""
         place = int(np.flatnonzero(self.order(epoch) == shard)[0])

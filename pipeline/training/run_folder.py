@@ -20,6 +20,7 @@ MAY_CHANGE = (
     "engine.",
     "data.path",
     "data.mix",  # a data set may move; the checkpoint's data state refuses other weights, splits and contents
+    "data.cache",
     "data.prefetch",
     "data.threads",
     "codebooks.check_every",
