@@ -8,7 +8,6 @@ the rest; the bits are the same. torchaudio's own loader would need FFmpeg.
 from __future__ import annotations
 
 import io
-from typing import NamedTuple
 
 import numpy as np
 import soundfile
@@ -40,27 +39,14 @@ def decode_audio(
         waveform = _decode_flac(content, start, samples, out)
         if waveform is not None:
             return waveform
-    waveform = read_audio(content, start, samples).waveform
+    waveform = _decode_by_soundfile(content, start, samples)
     if out is None:
         return waveform
     out[:] = waveform
     return out
 
 
-class Audio(NamedTuple):
-    """A decoded file, and what its header says."""
-
-    waveform: np.ndarray  # (samples,) float32
-    sample_rate: int
-    channels: int
-    format: str  # as soundfile calls it: "FLAC", "WAV", "OGG", "MP3" …
-
-
-def read_audio(content: bytes, start: int = 0, samples: int | None = None) -> Audio:
-    """What :func:`decode_audio` gives, by soundfile alone: it takes more formats, and refuses what other readers would.
-
-    Raises :class:`DecodeError` as :func:`decode_audio` does.
-    """
+def _decode_by_soundfile(content: bytes, start: int, samples: int | None) -> np.ndarray:
     try:
         with soundfile.SoundFile(io.BytesIO(content)) as file:
             wanted = file.frames - start if samples is None else samples
@@ -69,7 +55,6 @@ def read_audio(content: bytes, start: int = 0, samples: int | None = None) -> Au
             # libsndfile turns 16-bit WAV into float32 slower than NumPy does.
             dtype = "int16" if (file.format, file.subtype) == ("WAV", "PCM_16") else "float32"
             waveform = file.read(wanted, dtype=dtype, always_2d=True)  # (samples, channels)
-            header = (file.samplerate, file.channels, file.format)
     except soundfile.LibsndfileError as error:
         # Its own text, for str(error) has the address of the buffer in it, and reasons must be repeatable.
         raise DecodeError(f"not decodable as audio: {error.error_string}") from error
@@ -79,7 +64,7 @@ def read_audio(content: bytes, start: int = 0, samples: int | None = None) -> Au
         raise DecodeError(f"ends after {start + len(waveform)} of {start + wanted} audio samples")
     if waveform.dtype == np.int16:
         waveform = waveform * _INT16_SCALE
-    return Audio(waveform[:, 0] if waveform.shape[1] == 1 else waveform.mean(axis=1), *header)
+    return waveform[:, 0] if waveform.shape[1] == 1 else waveform.mean(axis=1)
 
 
 def _decode_flac(content: bytes, start: int, samples: int | None, out: np.ndarray | None) -> np.ndarray | None:

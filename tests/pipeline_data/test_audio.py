@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import soundfile
 
-from pipeline.data.audio import DecodeError, decode_audio, normalise, normalise_, read_audio
+from pipeline.data.audio import DecodeError, decode_audio, normalise, normalise_
 
 
 @pytest.fixture(scope="module")
@@ -46,9 +46,7 @@ def reference(content: bytes) -> np.ndarray:
 
 def test_every_decoder_gives_the_same_bits(clips: list[bytes]) -> None:
     for content in clips:
-        expected = reference(content)[:, 0]
-        assert np.array_equal(decode_audio(content), expected)
-        assert np.array_equal(read_audio(content).waveform, expected)
+        assert np.array_equal(decode_audio(content), reference(content)[:, 0])
 
 
 @pytest.mark.parametrize(
@@ -89,11 +87,6 @@ def test_channels_are_averaged(form: str) -> None:
     assert np.array_equal(decode_audio(content), expected)
     rows = np.zeros(1_000, dtype=np.float32)
     assert np.array_equal(decode_audio(content, 500, 1_000, rows), expected[500:1_500])
-
-
-def test_a_header_is_told() -> None:
-    audio = read_audio(encode(noise(400, channels=2), "WAV", rate=8_000))
-    assert (audio.sample_rate, audio.channels, audio.format, len(audio.waveform)) == (8_000, 2, "WAV", 400)
 
 
 def test_what_is_no_audio_or_ends_early_is_an_error(clips: list[bytes]) -> None:
