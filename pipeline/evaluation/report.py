@@ -29,7 +29,7 @@ CURVES = {
     "codebook_usage": "Share of codes in use",
 }
 """Shown at once, in this order; everything else that was logged is folded away."""
-BOOKKEEPING = {"seconds", "data_wait", "epoch"}
+BOOKKEEPING = {"seconds", "epoch"}
 
 
 def write_report(runs: Sequence[str | Path] | str | Path, out: str | Path | None = None) -> Path:

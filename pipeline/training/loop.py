@@ -135,8 +135,9 @@ def train(recipe: Recipe, run_dir: str | Path) -> Run:
                     loss = values.get("loss")
                     now = time.perf_counter()
                     warnings = _warn(alarm_log, health) if done % recipe.training.log_every == 0 else {}
-                    times = {"seconds": now - clock, "data_wait": loader.wait_seconds, "skipped": guard.read()}
-                    log.write(done, values | times | warnings)
+                    seconds = now - clock
+                    times = {"seconds": seconds, "data_wait_share": loader.wait_seconds / seconds}
+                    log.write(done, values | times | {"skipped": guard.read()} | warnings)
                     clock, loader.wait_seconds = now, 0.0
                 if done == recipe.training.steps:
                     writer.save_and_wait(engine, done, facts())

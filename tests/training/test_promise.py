@@ -130,6 +130,12 @@ def test_a_killed_and_resumed_run_is_bit_identical(undisturbed, killed_and_resum
         assert torch.equal(tensor, actual[name]), name
 
 
+def test_the_log_has_the_share_of_time_that_was_spent_waiting_for_data(undisturbed):
+    shares = [line["data_wait_share"] for line in undisturbed.log()]
+    assert 0 < shares[0] <= 1  # nothing was decoded ahead of the first step
+    assert all(0 <= share <= 1 for share in shares)
+
+
 def test_the_resumed_run_repeats_the_killed_runs_losses(undisturbed, killed_and_resumed):
     expected = {line["step"]: line["loss"] for line in undisturbed.log()}
     assert sorted(expected) == list(range(1, STEPS + 1))
