@@ -273,7 +273,9 @@ def launch(
 @app.command()
 def evaluate(
     run: Annotated[Path, typer.Argument(help="Run folder.")],
-    data: Annotated[Path | None, typer.Option(help="Data set folder; by default the one of the recipe.")] = None,
+    data: Annotated[
+        str | None, typer.Option(help="Data set folder, or its URL; by default the one of the recipe.")
+    ] = None,
     split: Annotated[str | None, typer.Option(help="By default validation if there is one, else train.")] = None,
 ) -> None:
     """Metrics over a whole split, as a table and RUN/metrics.json."""
@@ -288,7 +290,7 @@ def evaluate(
 @app.command()
 def tokenize(
     run: Annotated[Path, typer.Argument(help="Run folder.")],
-    dataset: Annotated[Path, typer.Argument(help="Data set folder.")],
+    dataset: Annotated[str, typer.Argument(help="Data set folder, or its URL.")],
     out: Annotated[Path, typer.Argument(help="Folder for the shards of codes.")],
     ray_address: RayAddress = None,
 ) -> None:

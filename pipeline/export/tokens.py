@@ -21,7 +21,8 @@ from typing import TYPE_CHECKING, Any
 
 from pipeline.data import ShardedDataset, read_manifest
 from pipeline.data.config import SAMPLE_RATE
-from pipeline.data.manifest import MANIFEST_NAME, write_whole
+from pipeline.data.manifest import MANIFEST_NAME
+from pipeline.data.storage import as_place, write_whole
 from pipeline.training.checkpoint import MANIFEST
 from pipeline.training.run_folder import Run
 
@@ -51,7 +52,7 @@ class TokenSummary:
 
 
 def tokenize(run: str | Path, dataset: str | Path, out: str | Path) -> TokenSummary:
-    """Write the codes of every sample of ``dataset`` to the new folder ``out``.
+    """Write the codes of every sample of ``dataset``, a folder or its URL, to the new folder ``out``.
 
     Uses a running Ray or starts one. Raises ValueError when the run's model reads another kind of data or has no codes,
     FileExistsError when ``out`` holds a finished set of other tokens.
@@ -61,7 +62,9 @@ def tokenize(run: str | Path, dataset: str | Path, out: str | Path) -> TokenSumm
     from pipeline.ray_session import ray_session
 
     started = time.perf_counter()
-    trained, source, out = Run(Path(run).resolve()), Path(dataset).resolve(), Path(out)
+    trained, source, out = Run(Path(run).resolve()), as_place(dataset), Path(out)
+    if isinstance(source, Path):
+        source = source.resolve()
     recipe, manifest = trained.recipe(), read_manifest(source)
     if manifest.kind != recipe.data_kind:
         raise ValueError(f"{source} holds {manifest.kind} data, {trained.path} was trained on {recipe.data_kind} data")
@@ -120,7 +123,7 @@ def tokenize(run: str | Path, dataset: str | Path, out: str | Path) -> TokenSumm
 
 
 def _tokenize_shard(
-    run: Path, checkpoint: Path, model_hash: str, source: Path, split: str, shard: int, out: Path
+    run: Path, checkpoint: Path, model_hash: str, source: Path | str, split: str, shard: int, out: Path
 ) -> dict[str, Any]:
     """One shard of codes; returns its manifest entry. Runs in a Ray worker."""
     import numpy as np

@@ -1,8 +1,12 @@
-"""A data set behind a URL: the same micro-batches as from a folder, through a cache of bounded size."""
+"""A data set behind a URL: the same micro-batches as from a folder, through a cache of bounded size; and an error when
+the store is gone.
+"""
 
 from __future__ import annotations
 
+import logging
 import shutil
+import signal
 from pathlib import Path
 
 import pytest
@@ -20,7 +24,8 @@ from pipeline.data import (
 )
 from pipeline.data.cache import ShardCache
 from pipeline.data.index import ShardError
-from pipeline.data.storage import open_folder
+from pipeline.data.storage import StoreError, open_folder
+from tests.conftest import start_s3_server
 
 BATCH = BatchConfig(micro_batches=2, samples=10)
 
@@ -86,3 +91,36 @@ def test_remote_shards_that_are_missing_or_changed_are_named(s3: str, image_data
         dataset.read(0)
     with pytest.raises(ShardError, match=r"shard-000001.tar is missing"):
         dataset.read(int(dataset.shard_starts[1]))
+
+
+def test_a_store_that_dies_in_the_middle_ends_the_run_with_its_name(
+    image_dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    import boto3
+
+    process, endpoint = start_s3_server()
+    try:
+        for name, value in (("ENDPOINT_URL", endpoint), ("ACCESS_KEY_ID", "a"), ("SECRET_ACCESS_KEY", "b")):
+            monkeypatch.setenv(f"AWS_{name}", value)
+        monkeypatch.setenv("TESSERA_STORE_ATTEMPTS", "2")
+        monkeypatch.setenv("TESSERA_STORE_TIMEOUT", "0.6")
+        boto3.client("s3", region_name="us-east-1").create_bucket(Bucket="dying")
+        url = "s3://dying/images"
+        upload(image_dataset, url)
+        size = max(path.stat().st_size for path in image_dataset.rglob("*.tar"))
+        data = DataConfig(path=url, window_shards=1, cache=tmp_path / "cache", cache_gigabytes=1.5 * size / 1e9)
+        dataset = open_data(data)
+        plan = SamplingPlan(dataset, BATCH, data, seed=1)
+        with (
+            build_loader(dataset, plan, ImageCollation(data, seed=1), steps=1000) as loader,
+            caplog.at_level(logging.WARNING),
+        ):
+            next(loader)
+            process.send_signal(signal.SIGSTOP)  # takes connections and says nothing more
+            with pytest.raises(StoreError, match=r"s3://dying/images/train/shard-.* did not answer in 2 attempts"):
+                for _ in loader:
+                    pass
+        assert "attempt 1 of 2" in caplog.text
+    finally:
+        process.kill()
+        process.wait()
