@@ -214,7 +214,9 @@ class RemoteFolder(Folder):
         self.place = place.rstrip("/")
         self.patience = patience
         self._files, self._root = _file_system(self.place, patience)
-        self._web = self.place.startswith("http")
+        self._web = self.place.startswith(("http://", "https://"))
+        if self._web:
+            self._root = quote(self._root, safe="/:@%")
 
     def __reduce__(self) -> tuple[Any, ...]:
         return RemoteFolder, (self.place, self.patience)  # connections stay in their process

@@ -5,6 +5,8 @@ from __future__ import annotations
 import io
 import json
 import os
+import subprocess
+import sys
 import tarfile
 from pathlib import Path
 
@@ -229,3 +231,24 @@ def test_what_lies_in_the_remote_output_is_left_out(remote: str) -> None:
 def test_remote_sources_that_can_not_be_read_are_named(s3: str, name: str, says: str) -> None:
     with pytest.raises(SourceError, match=f"source {s3}/{name} {says}"):
         scan("speech", f"{s3}/{name}", "")
+
+
+def test_a_web_server_is_a_source_too(tree: Path, tmp_path: Path) -> None:
+    """Python's own, whose pages list what its folders hold, and which sends whole files only."""
+    (tree / "bob").rename(tree / "bö b")
+    (tmp_path / "some.txt").write_text("tree/bö b/2/bob.2.wav\tBobby\ntree/nothing.wav\n")
+    command = [sys.executable, "-u", "-m", "http.server", "0", "--bind", "127.0.0.1", "-d", str(tmp_path)]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+    try:
+        assert process.stdout is not None
+        url = process.stdout.readline().partition("(")[2].partition("/)")[0]
+        found = scan("speech", f"{url}/tree", "")
+        assert facts(found) == facts(scan("speech", tree, tmp_path / "out"))
+        assert all(file.size for file in found.files)
+        assert [(file.name, file.label, file.size) for file in scan("speech", f"{url}/some.txt", "").files] == [
+            ("tree/bö b/2/bob.2.wav", "Bobby", 5),
+            ("tree/nothing.wav", "tree", 0),
+        ]
+    finally:
+        process.kill()
+        process.wait()
