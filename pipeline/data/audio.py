@@ -96,12 +96,11 @@ def normalise(waveform: np.ndarray) -> np.ndarray:
 
 def normalise_(waveform: np.ndarray) -> np.ndarray:
     """:func:`normalise` in place, for contiguous float32."""
+    waveform -= np.add.reduce(waveform) / np.float32(len(waveform))
+    # Blocks are summed in float32 and the sums in float64, so nothing is rounded away; einsum reads the samples once,
+    # and adds them in the same order on every machine.
     whole = len(waveform) - len(waveform) % _BLOCK
     blocks, rest = waveform[:whole].reshape(-1, _BLOCK), waveform[whole:]  # (blocks, _BLOCK), (less than a block,)
-    # Each block is summed in float32 and the blocks in float64, so nothing is rounded away; einsum reads the samples
-    # once, and adds them in the same order on every machine.
-    total = np.einsum("ij->i", blocks).sum(dtype=np.float64) + np.einsum("i->", rest)
-    waveform -= np.float32(total / len(waveform))
     power = np.einsum("ij,ij->i", blocks, blocks).sum(dtype=np.float64) + np.einsum("i,i->", rest, rest)
     waveform *= np.float32((power / len(waveform) + 1e-5) ** -0.5)
     return waveform

@@ -106,13 +106,13 @@ class SpeechCollation:
         waveforms, lengths = self.clips(references, members)
         frame_lengths = [self.frames(length) for length in lengths]
         mask = _empty((len(members), self.frames(max(lengths))), torch.bool).zero_()
+        generators = [self._generator(reference, "mask") for reference in references]
         masked = []
-        for row, reference, frames in zip(mask.numpy(), references, frame_lengths, strict=True):
-            row[:frames] = span_mask(frames, self.masking, self._generator(reference, "mask"))
+        for row, generator, frames in zip(mask.numpy(), generators, frame_lengths, strict=True):
+            row[:frames] = span_mask(frames, self.masking, generator)
             masked.append(int(np.count_nonzero(row)))
         negatives = _empty((len(members), max(masked), self.masking.negatives), torch.int64)
-        for row, reference, targets in zip(negatives.numpy(), references, masked, strict=True):
-            generator = self._generator(reference, "negatives")
+        for row, generator, targets in zip(negatives.numpy(), generators, masked, strict=True):
             draw_negatives(targets, self.masking.negatives, generator, out=row[:targets])
             row[targets:] = 0
         return SpeechBatch(
