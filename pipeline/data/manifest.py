@@ -14,9 +14,7 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from pipeline.data.storage import fsync_folder as fsync_folder
 from pipeline.data.storage import is_remote, open_folder
-from pipeline.data.storage import write_whole as write_whole
 
 MANIFEST_NAME = "manifest.json"
 FORMAT_VERSION = 2  # 2: length histograms and label counts

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pipeline import collectives
-from pipeline.data.manifest import fsync_folder, write_whole
+from pipeline.data.storage import fsync_folder, write_whole
 from pipeline.training.checkpoint import (
     FORMAT_VERSION,
     MANIFEST,
