@@ -70,6 +70,13 @@ def barrier(group: Group = None) -> None:
         dist.barrier(group=group)
 
 
+def leave() -> None:
+    """Wait until every rank is here, then end the process group: nobody's last collective loses its peer."""
+    if _initialised():
+        barrier()
+        dist.destroy_process_group()
+
+
 def check_same(value: str | int, what: str, group: Group = None) -> None:
     """Raise RuntimeError on every rank, with each rank's value, unless all ranks bring the same ``value``.
 

@@ -10,7 +10,7 @@ import logging
 import os
 import sys
 
-from pipeline.training.stop import RESUME_ME, Interrupted
+from pipeline.training.stop import RESUME_ME, Interrupted, leave_when_told
 
 
 def main() -> int:
@@ -30,10 +30,14 @@ def main() -> int:
     rest = [argument for argument in unknown if not argument.startswith("--local_rank")]
     if rest:
         parser.error(f"unknown arguments: {' '.join(rest)}")
+    leave_when_told(arguments.interrupted_code)
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # gloo announces each connection as a warning
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
 
+    from pipeline import collectives
     from pipeline.training.loop import train
+    from pipeline.training.peer_loss import PeerLost
+    from pipeline.training.run_lock import RunInUse
     from recipes.schema import RecipeError, load_recipe
 
     try:
@@ -41,10 +45,15 @@ def main() -> int:
     except RecipeError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except (PeerLost, RunInUse) as error:
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        return 1
     except Interrupted as stopped:
         if os.environ.get("RANK", "0") == "0":
             print(f"{stopped}: {arguments.run_dir} goes on when it is started again", file=sys.stderr)
+        collectives.leave()
         return arguments.interrupted_code
+    collectives.leave()
     return 0
 
 

@@ -24,7 +24,9 @@ from pipeline.training.environment import write_environment
 from pipeline.training.guard import SkipGuard
 from pipeline.training.log import AlarmLog, RunLog, StepMeter, last_attempt
 from pipeline.training.optimizer import build_optimizer
+from pipeline.training.peer_loss import explained
 from pipeline.training.run_folder import Run
+from pipeline.training.run_lock import RunLock
 from pipeline.training.schedule import learning_rate_factor
 from pipeline.training.stop import Interrupted, StopRequest
 
@@ -36,12 +38,15 @@ if TYPE_CHECKING:
 logger = logging.getLogger("tessera")
 
 
+@explained
 def train(recipe: Recipe, run_dir: str | Path) -> Run:
     """Train ``recipe`` into ``run_dir`` on the ranks that exist, from the last whole checkpoint if there is one.
 
     Every rank calls it. Raises :class:`recipes.schema.RecipeError` for a recipe these ranks or this data can't run,
     :class:`pipeline.training.checkpoint.CheckpointError` for a checkpoint they can't continue or can't write,
-    :class:`pipeline.training.guard.TrainingError` when step after step has no finite gradient, and
+    :class:`pipeline.training.guard.TrainingError` when step after step has no finite gradient,
+    :class:`pipeline.training.run_lock.RunInUse` when another training holds the folder,
+    :class:`pipeline.training.peer_loss.PeerLost` when another rank is gone, and
     :class:`pipeline.training.stop.Interrupted` when a signal asked to stop and the state is saved.
     """
     run = Run(run_dir)
@@ -49,6 +54,7 @@ def train(recipe: Recipe, run_dir: str | Path) -> Run:
     recipe.check_ranks(collectives.world_size())
     recipe.check_data()
     _make_repeatable(recipe)
+    lock = RunLock(run.path)
     claim_run_folder(run, recipe)
 
     dataset = open_data(recipe.data)
@@ -105,18 +111,18 @@ def train(recipe: Recipe, run_dir: str | Path) -> Run:
         }
 
     try:
-        with StopRequest() as stop:
+        with StopRequest(run.path if collectives.rank() == 0 else None) as stop:
             for step in range(start, recipe.training.steps):
                 micro_batches = next(loader)
                 targets, stopping, writing = _sum_over_ranks(
-                    [sum(batch.targets for batch in micro_batches), bool(stop.signal_name), writer.busy], device
+                    [sum(batch.targets for batch in micro_batches), bool(stop.reason), writer.busy], device
                 )
                 if writer.pending and not writing and not writer.commit():
                     retry_at = step + max(1, recipe.training.checkpoint_every // 10)
                 if stopping:
                     if step > start or checkpoint is None:
                         writer.save_and_wait(engine, step, facts())
-                    raise Interrupted(f"stopped by {stop.signal_name or 'a signal to another rank'} after step {step}")
+                    raise Interrupted(f"stopped by {stop.reason or 'another rank'} after step {step}")
                 _set_learning_rate(engine, recipe, step)
                 for batch in micro_batches:
                     _seed_micro_batch(recipe.seed, step, batch.number)
@@ -147,6 +153,7 @@ def train(recipe: Recipe, run_dir: str | Path) -> Run:
         loader.close()
         log.close()
         writer.close()
+        lock.close()
     return run
 
 

@@ -1,19 +1,25 @@
-"""Being told to stop: SIGTERM from an operator or a scheduler, SIGUSR1 from Slurm ahead of a time limit, Ctrl-C.
+"""Being told to stop: SIGTERM from an operator or a scheduler, SIGUSR1 from Slurm ahead of a time limit, Ctrl-C, a file
+named ``stop`` in the run folder, or the death of the torchrun that started the ranks.
 
-In: signals. Out: a flag that the loop looks at between steps. A handler that did more would run in the middle of a
-collective.
+In: signals and a file. Out: the reason, which the loop looks at between steps. A handler that did more would run in the
+middle of a collective.
 """
 
 from __future__ import annotations
 
+import os
 import signal
 import threading
+from pathlib import Path
 from types import FrameType
 from typing import Any
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 RESUME_ME = 75
 """Exit code of a run that was stopped and can go on (EX_TEMPFAIL of sysexits.h: try again later)."""
+STOP_FILE = "stop"
+"""In the run folder; stops ranks that no signal reaches, such as those in Ray's workers. The stopped run removes it."""
+_PARENT = os.getppid()
 
 
 class Interrupted(RuntimeError):
@@ -21,21 +27,44 @@ class Interrupted(RuntimeError):
 
 
 class StopRequest:
-    """Context manager: while it is open, :data:`SIGNALS` set ``signal_name`` instead of ending the process. Outside of
-    the main thread, where Python takes no signals, it does nothing."""
+    """Context manager: while it is open, :data:`SIGNALS` are a ``reason`` to stop instead of ending the process. Python
+    takes no signals outside of the main thread: there the file alone counts."""
 
-    def __init__(self) -> None:
-        self.signal_name = ""
+    def __init__(self, run: Path | None = None) -> None:
+        """``run``: the folder whose :data:`STOP_FILE` counts; one rank that looks is enough."""
+        self._file = run / STOP_FILE if run is not None else None
+        self._signal_name = ""
         self._before: dict[signal.Signals, Any] = {}
+
+    @property
+    def reason(self) -> str:
+        """Why this rank should stop, or nothing."""
+        if self._signal_name:
+            return self._signal_name
+        if self._file is not None and self._file.exists():
+            return f"the file {self._file}"
+        # Ranks that go on alone would be in the way of the run's next start. Only torchrun always outlives its ranks.
+        if "TORCHELASTIC_RUN_ID" in os.environ and os.getppid() != _PARENT:
+            return "the end of torchrun"
+        return ""
 
     def __enter__(self) -> StopRequest:
         if threading.current_thread() is threading.main_thread():
             self._before = {number: signal.signal(number, self._note) for number in SIGNALS}
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         for number, handler in self._before.items():
             signal.signal(number, handler)
+        if self._file is not None and kind is not None and issubclass(kind, Interrupted):
+            self._file.unlink(missing_ok=True)
 
     def _note(self, number: int, _: FrameType | None) -> None:
-        self.signal_name = signal.Signals(number).name
+        self._signal_name = signal.Signals(number).name
+
+
+def leave_when_told(code: int) -> None:
+    """Let :data:`SIGNALS` end the process with ``code`` from here on: before the first step there is nothing to save.
+    :class:`StopRequest` takes over while it is open."""
+    for number in SIGNALS:
+        signal.signal(number, lambda *_: os._exit(code))
