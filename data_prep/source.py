@@ -11,6 +11,7 @@ import hashlib
 import json
 import os
 import re
+import stat
 import tarfile
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
@@ -32,6 +33,7 @@ LABEL_FIELDS = ("label", "cls", "class", "speaker", "speaker_id")  # of a WebDat
 TEXT_FIELDS = ("text", "transcript", "transcription", "caption", "sentence")
 _LONGEST_SIDECAR = 1 << 20  # bytes of a .json, .txt or .cls that is read
 _CONNECTIONS = 16  # to a remote source at a time
+_ASKED_AT_ONCE = 4096
 _BYTES_AHEAD = 64 << 20  # of remote files that wait for the check
 
 
@@ -97,9 +99,9 @@ def scan(kind: str, source: str | Path, leave_out: str | Path) -> Scan:
         listed = list(_list(str(source)))
     else:
         listed = list(_remote_tree(str(source), str(leave_out)))
-    found: list[SourceFile] = []
+    found = [replace(file, label=file.label or _label(kind, file.name)) for file in listed if not _is_tar(file)]
     with ThreadPoolExecutor(1 if here else _CONNECTIONS) as pool:
-        for members in pool.map(lambda file: _members(kind, file), listed):
+        for members in pool.map(lambda file: _members(kind, file), filter(_is_tar, listed)):
             found += members
         texts = _transcripts(found, pool) if kind == "speech" else {}
     wanted = [file for file in found if _suffix(file) in SUFFIXES[kind]]
@@ -164,10 +166,18 @@ def _tree(source: Path, leave_out: Path) -> Iterator[SourceFile]:
             folders[:] = []
             continue
         seen.add(real)
+        within = Path(folder).relative_to(source)
         for name in sorted(files):
-            path = Path(folder) / name
-            if not name.startswith(".") and path.is_file():
-                yield _single(str(path), path.relative_to(source).as_posix())
+            if name.startswith("."):
+                continue
+            path = f"{real}/{name}"
+            try:
+                status = Path(path).stat()  # once a file: on a cluster's file system each question takes its time
+            except OSError:  # a link to nowhere
+                continue
+            if stat.S_ISREG(status.st_mode):
+                shown = _printable((within / name).as_posix())
+                yield SourceFile("", shown, path, 0, status.st_size, status.st_mtime_ns, "")
 
 
 def _remote_tree(source: str, leave_out: str) -> Iterator[SourceFile]:
@@ -204,8 +214,13 @@ def _list(source: str) -> Iterator[SourceFile]:
         path = place if is_remote(place) else f"{parent}/{place}" if is_remote(source) else str(Path(parent) / place)
         return _single(path, place.partition("://")[2] or place.lstrip("/"), label)
 
+    lines = [line for line in lines if line[0].strip()]
+    if not is_remote(source) and not any(is_remote(line[0].strip()) for line in lines):
+        yield from map(listed, lines)
+        return
     with ThreadPoolExecutor(_CONNECTIONS) as pool:
-        yield from pool.map(listed, [line for line in lines if line[0].strip()])
+        for first in range(0, len(lines), _ASKED_AT_ONCE):  # a future for each of millions would fill the memory
+            yield from pool.map(listed, lines[first : first + _ASKED_AT_ONCE])
 
 
 def _single(path: str, name: str, label: str = "") -> SourceFile:
@@ -227,10 +242,11 @@ def _remote_file(url: str) -> tuple[Folder, str]:
     return open_folder(folder), name
 
 
+def _is_tar(file: SourceFile) -> bool:
+    return file.path.endswith(".tar")
+
+
 def _members(kind: str, file: SourceFile) -> list[SourceFile]:
-    """A tar's members; of any other file itself, with its label."""
-    if not file.path.endswith(".tar") or (file.name and _suffix(file) != ".tar"):
-        return [replace(file, label=file.label or _label(kind, file.name))]
     try:
         with _open(file) as content, tarfile.open(fileobj=content, mode="r:") as archive:
             return list(_tar(kind, archive, file))
