@@ -18,7 +18,7 @@ from tests.data_prep.processes import GCS, RAY_WORKER, RAYLET, Session, session
 from tests.data_prep.test_interruption import command, leftovers, records, wait_until
 from tests.data_prep.test_preparation import digests
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]
 
 
 @dataclass(frozen=True)
@@ -44,13 +44,14 @@ def ray_node(folder: Path, name: str, *options: str) -> Iterator[Session]:
     agent, metrics = free_ports(2)
     ports = [f"--dashboard-agent-listen-port={agent}", f"--metrics-export-port={metrics}"]
     memory = "--object-store-memory=100000000"
-    with session([*start, memory, *ports, *options], folder / f"{name}.log") as running:
-        deadline = time.monotonic() + 60
-        while "Ray runtime started" not in running.output():
-            assert running.process.poll() is None, running.output()
-            assert time.monotonic() < deadline, running.output()
-            time.sleep(0.1)
-        yield running
+    for attempt in range(3):  # Ray gives itself 30 s, which a busy machine may need
+        with session([*start, memory, *ports, *options], folder / f"{name}-{attempt}.log") as running:
+            while running.process.poll() is None and "Ray runtime started" not in running.output():
+                time.sleep(0.1)
+            if running.process.poll() is None:
+                yield running
+                return
+    raise AssertionError(running.output())
 
 
 @pytest.fixture

@@ -268,7 +268,7 @@ def campaign(
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(1500)
+@pytest.mark.timeout(3000)
 def test_thirty_random_kills_change_nothing(speech_source: Path, tmp_path: Path) -> None:
     source = copies(speech_source, tmp_path / "source", 12)
     with session(command(source, tmp_path / "untouched", shard_bytes=800_000), tmp_path / "log") as running:
