@@ -11,9 +11,10 @@ from pathlib import Path
 
 import pytest
 
-from data_prep.shard import ShardRecord, finished_record, record_name, write_shard
+from data_prep.shard import ShardRecord, finished_record, finished_records, record_name, write_shard
 from data_prep.shard_plan import Settings, ShardTask, plan_shards
 from data_prep.source import scan
+from pipeline.data.storage import StoreError, open_folder
 
 SETTINGS = Settings("speech", 1_000_000_000, (("train", 1.0),), "file", 0, None)
 
@@ -25,7 +26,7 @@ def task(speech_source: Path) -> ShardTask:
     return task
 
 
-def write(out: Path, task: ShardTask, workspace: Path) -> ShardRecord:
+def write(out: str | Path, task: ShardTask, workspace: Path) -> ShardRecord:
     return write_shard(out, workspace, task, SETTINGS, {}, "plan")
 
 
@@ -117,3 +118,34 @@ def test_a_source_that_is_not_mounted_is_no_fault_of_its_files(speech_source: Pa
     source.rename(tmp_path / "unmounted")
     with pytest.raises(FileNotFoundError):
         write(tmp_path / "out", task, workspace)
+
+
+def test_a_shard_goes_to_an_object_store_as_to_a_folder(s3: str, task: ShardTask, tmp_path: Path) -> None:
+    out, workspace, url = tmp_path / "out", tmp_path / "workspace", f"{s3}/{tmp_path.name}"
+    workspace.mkdir()
+    record = write(out, task, workspace)
+    assert write(url, task, workspace) == record
+    stored = open_folder(url)
+    assert {file.name: stored.read(file.name) for file in stored.files()} == {
+        name: (out / name).read_bytes() for name in files(out)
+    }
+    assert finished_records(url, [task], "plan") == finished_records(out, [task], "plan") == {task.stem: record}
+    stored.write_whole(f"{task.stem}.tar", b"of another size")
+    assert finished_records(url, [task], "plan") == {}
+    assert finished_record(url, task, "plan") is None
+    assert files(workspace) == []
+
+
+def test_a_store_that_is_gone_is_named_and_leaves_nothing(
+    task: ShardTask, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "a")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "b")
+    monkeypatch.setenv("TESSERA_STORE_ATTEMPTS", "2")
+    monkeypatch.setenv("TESSERA_STORE_TIMEOUT", "0.3")
+    workspace = tmp_path / "workspace"
+    workspace.mkdir()
+    with pytest.raises(StoreError, match=r"s3://gone/set/train/shard-000000.idx did not answer in 2 attempts"):
+        write("s3://gone/set", task, workspace)
+    assert list(workspace.iterdir()) == []
