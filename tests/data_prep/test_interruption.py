@@ -12,6 +12,7 @@ import random
 import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -165,6 +166,16 @@ def test_a_second_preparation_of_the_same_folder_is_refused(speech_source: Path,
     ):
         prepare("speech", speech_source, tmp_path / "out", progress=quiet)
     assert prepare("speech", speech_source, tmp_path / "out", progress=quiet).samples == 208
+
+
+def test_an_address_where_no_ray_is_is_told_at_once(speech_source: Path, tmp_path: Path) -> None:
+    with socket.socket() as silent:  # bound, and not listening
+        silent.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{silent.getsockname()[1]}"
+        with session(command(speech_source, tmp_path / "out", "--ray-address", address), tmp_path / "log") as running:
+            assert running.process.wait(60) == 2
+    assert running.output().splitlines()[-1].startswith(f"error: no Ray cluster answers at {address}: ")
+    assert leftovers(tmp_path / "out") == []
 
 
 @pytest.mark.slow
