@@ -16,7 +16,6 @@ import socket
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import IO
 from uuid import uuid4
 
@@ -29,8 +28,9 @@ _NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)  # a file system moun
 
 
 @contextmanager
-def sole_workspace(folder: Path) -> Iterator[Path]:
-    """Hold ``folder``'s lock and yield a new workspace below it, which is gone afterwards.
+def sole_workspace(folder: Path, out: Path | str | None = None) -> Iterator[Path]:
+    """Hold ``folder``'s lock and yield a new workspace below it, which is gone afterwards; messages call what is
+    prepared ``out``, by default the folder's parent.
 
     Workspaces of earlier preparations are removed first. Their workers may still run, orphans on another machine, and
     from then on can neither begin a file nor rename one into the data set. The same stops the earlier of two
@@ -44,8 +44,8 @@ def sole_workspace(folder: Path) -> Iterator[Path]:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except (BlockingIOError, PermissionError) as error:
             raise PreparationError(
-                f"{folder.parent} is being prepared by {_holder(file)}: wait until it is done, or stop it, and repeat "
-                "the command"
+                f"{out or folder.parent} is being prepared by {_holder(file)}: wait until it is done, or "
+                "stop it, and repeat the command"
             ) from error
         except OSError as error:
             if error.errno not in _NO_LOCKS:
@@ -62,15 +62,6 @@ def sole_workspace(folder: Path) -> Iterator[Path]:
                 _remove(workspace)
         finally:
             file.truncate(0)  # the file stays: a lock on a removed one would keep nobody out
-
-
-@contextmanager
-def own_workspace() -> Iterator[Path]:
-    """Yield a new folder for temporary files on this machine, for a data set behind a URL, which knows no locks: of two
-    preparations of one plan, each writes what the other does.
-    """
-    with TemporaryDirectory(prefix="tessera-", ignore_cleanup_errors=True) as folder:
-        yield Path(folder)
 
 
 def _remove(workspace: Path) -> None:

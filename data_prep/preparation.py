@@ -6,7 +6,9 @@ interruption does only what is missing, and the bytes are those of an uninterrup
 
 from __future__ import annotations
 
+import hashlib
 import json
+import os
 import signal
 import threading
 import time
@@ -20,7 +22,7 @@ from typing import Literal
 
 from data_prep.dispatch import Job, write_shards
 from data_prep.failure import PreparationError, PreparationStopped, full_disk, is_full
-from data_prep.lock import own_workspace, sole_workspace
+from data_prep.lock import sole_workspace
 from data_prep.progress import PreparationProgress, Tally, console_progress
 from data_prep.shard import RECORD_FOLDER, Refusal, ShardRecord, finished_records
 from data_prep.shard_plan import Settings, ShardTask, check_splits, parse_splits, plan_hash, plan_shards
@@ -134,7 +136,7 @@ def prepare(
     try:
         with (
             _stop_in_order(),
-            own_workspace() if isinstance(out, str) else sole_workspace(out / RECORD_FOLDER) as workspace,
+            sole_workspace(_folder_here(out), out) as workspace,
         ):
             _claim(out, plan, source)
             places = {label: place for place, label in enumerate(classes)}
@@ -223,6 +225,15 @@ def _refuse_meaningless(settings: Settings, on_bad: str) -> None:
     if not 1 <= settings.jpeg_quality <= 100:
         raise ValueError(f"jpeg_quality={settings.jpeg_quality}: use a number from 1 to 100, such as 95")
     check_splits(dict(settings.splits))
+
+
+def _folder_here(out: Path | str) -> Path:
+    """Where to hold lock and workspace: the folder of records, or for a URL, which knows neither locks nor renaming,
+    one for temporary files that is the same each time.
+    """
+    if isinstance(out, Path):
+        return out / RECORD_FOLDER
+    return Path(gettempdir()) / f"tessera-{os.getuid()}-{hashlib.sha256(out.rstrip('/').encode()).hexdigest()[:16]}"
 
 
 def _refuse_foreign(out: Path | str) -> None:
