@@ -12,7 +12,13 @@ from pathlib import Path
 
 import yaml
 
+from pipeline.training.stop import RESUME_ME
+
 MASTER_PORT = 29500
+SECONDS_TO_SAVE = 300
+"""How long before the end of a job's time Slurm tells the ranks to save."""
+SECONDS_ALONE = 60
+"""How long Slurm lets the other ranks run on after one has ended."""
 
 
 def read_hostfile(file: Path | None, nodes: int, ranks_per_node: int) -> Path:
@@ -55,26 +61,40 @@ def deepspeed_command(
 def sbatch_script(
     name: str, recipe: str, overrides: Sequence[str], run: Path, nodes: int, ranks_per_node: int, time_limit: str
 ) -> str:
-    """A Slurm job: one torchrun a node, requeued by Slurm when a node fails; each start resumes from the run folder."""
+    """A Slurm job whose tasks are the ranks, so that signals and exit codes pass nobody in between.
+
+    Ahead of the time limit Slurm sends the ranks SIGUSR1; they save and end with :data:`RESUME_ME`, and the script puts
+    the job back into the queue, as Slurm itself does when a node fails. Each start goes on from the run folder.
+    """
     arguments = shlex.join([recipe, *overrides, "--run-dir", str(run)])
     return f"""#!/bin/bash
 #SBATCH --job-name={name}
 #SBATCH --nodes={nodes}
-#SBATCH --ntasks-per-node=1
+#SBATCH --ntasks-per-node={ranks_per_node}
 #SBATCH --gpus-per-node={ranks_per_node}
 #SBATCH --time={time_limit}
+#SBATCH --signal=USR1@{SECONDS_TO_SAVE}
 #SBATCH --requeue
 #SBATCH --open-mode=append
 #SBATCH --output={run}/slurm-%j.log
 
-set -euo pipefail
-head_node=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
-export OMP_NUM_THREADS=$(( SLURM_CPUS_ON_NODE / {ranks_per_node} ))
-export NCCL_ASYNC_ERROR_HANDLING=1
-srun --kill-on-bad-exit=1 python -m torch.distributed.run \\
-    --nnodes={nodes} --nproc-per-node={ranks_per_node} --max-restarts=0 \\
-    --rdzv-id="$SLURM_JOB_ID" --rdzv-backend=c10d --rdzv-endpoint="$head_node:{MASTER_PORT}" \\
-    -m pipeline.training {arguments}
+set -uo pipefail
+MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
+export MASTER_ADDR
+export MASTER_PORT=$(( 20000 + SLURM_JOB_ID % 20000 ))  # jobs that share a node need one each
+threads=$(( SLURM_CPUS_ON_NODE / {ranks_per_node} ))
+export OMP_NUM_THREADS=$(( threads > 0 ? threads : 1 ))
+
+# A rank's bad end must not kill the others: on a stop each ends by itself with code {RESUME_ME}.
+srun --kill-on-bad-exit=0 --wait={SECONDS_ALONE} bash -c '
+    export RANK=$SLURM_PROCID WORLD_SIZE=$SLURM_NTASKS LOCAL_RANK=$SLURM_LOCALID
+    exec "$@"' rank python -m pipeline.training {arguments}
+code=$?
+if [ "$code" -eq {RESUME_ME} ]; then
+    echo "stopped and saved; requeued"
+    scontrol requeue "$SLURM_JOB_ID"
+fi
+exit "$code"
 """
 
 
@@ -88,7 +108,13 @@ def ray_job_manifest(
     failures: int,
     image: str,
 ) -> str:
-    """A KubeRay RayJob: a cluster of ``nodes`` workers that lives as long as the run."""
+    """A KubeRay RayJob: a cluster of ``nodes`` workers that lives as long as the run.
+
+    Ray Train replaces dead workers; when the cluster's head dies or the run ends with an error, KubeRay makes a new
+    cluster, which goes on from the run folder. Raises ValueError for a relative ``run``, which no pod would find.
+    """
+    if not run.is_absolute():
+        raise ValueError(f"--run {run} is relative: give the folder's whole path on the volume that the pods mount")
     command = shlex.join(
         [
             *("tessera", "launch", recipe, *overrides, "--on", "ray", "--ray-address", "auto", "--run", str(run)),
@@ -123,6 +149,7 @@ def ray_job_manifest(
         "metadata": {"name": re.sub(r"[^a-z0-9-]+", "-", name.lower()).strip("-")},
         "spec": {
             "entrypoint": command,
+            "backoffLimit": failures,
             "shutdownAfterJobFinishes": True,
             "ttlSecondsAfterFinished": 600,
             "rayClusterSpec": {

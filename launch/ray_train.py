@@ -1,14 +1,30 @@
 """Trains under Ray: Ray Train starts one worker a rank, watches them, and starts a new group when one dies.
 
 In: a recipe, a run folder, a number of ranks. Out: the run folder filled. A new worker group resumes from the run
-folder's last whole checkpoint, so a failure costs the steps since then and nothing else.
+folder's last whole checkpoint, so a failure costs the steps since then and nothing else. Signals to stop reach the
+workers as a file in the run folder.
 """
 
 from __future__ import annotations
 
+import logging
 import os
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from types import FrameType
 from typing import Any
+
+from pipeline.training.checkpoint import MANIFEST, checkpoint_name
+from pipeline.training.stop import SIGNALS, STOP_FILE
+
+logger = logging.getLogger("tessera")
+
+END_SECONDS = 120.0
+"""How long Ray may take to end its workers after the run's last checkpoint is whole."""
+_LOOK_EVERY = 0.5  # seconds
 
 
 class LaunchError(RuntimeError):
@@ -23,15 +39,19 @@ def train_on_ray(
     failures: int = 0,
     threads_per_rank: int | None = None,
     use_gpu: bool | None = None,
-) -> None:
+) -> bool:
     """Train the recipe in ``recipe_file`` into ``run`` on ``ranks`` Ray workers. Needs an initialised Ray.
 
     ``failures`` is how many times a dead worker group may be replaced. Both paths must be readable from every node.
-    Raises :class:`LaunchError` when the run fails for good.
+    Returns False when a signal stopped the run, which has saved its state and goes on when it is started again. Raises
+    :class:`LaunchError` when the run fails for good, ConnectionError when Ray itself is gone.
     """
     import ray
     from ray.train.torch import TorchConfig, TorchTrainer
 
+    from recipes.schema import load_recipe
+
+    training = load_recipe(recipe_file).training
     resources = ray.cluster_resources()
     gpu = resources.get("GPU", 0) >= ranks if use_gpu is None else use_gpu
     if not gpu and resources.get("CPU", 0) < ranks:
@@ -58,27 +78,89 @@ def train_on_ray(
         scaling_config=train.ScalingConfig(
             num_workers=ranks, use_gpu=gpu, resources_per_worker={"CPU": 1} | ({"GPU": 1} if gpu else {})
         ),
-        torch_config=TorchConfig(backend="nccl" if gpu else "gloo", timeout_s=600),
+        torch_config=TorchConfig(backend="nccl" if gpu else "gloo", timeout_s=training.collective_timeout),
         run_config=run_config,
     )
+    last = run / "checkpoints" / checkpoint_name(training.steps) / MANIFEST
+    _fit(trainer, run, last)
+    return last.is_file()
+
+
+def _fit(trainer: Any, run: Path, last: Path) -> None:
+    """``trainer.fit()``, which must neither swallow a signal nor keep this process for good."""
+    from pipeline.ray_session import RayWatch
+
+    errors: list[Exception] = []
+
+    def fit() -> None:
+        try:
+            trainer.fit()
+        except Exception as error:
+            errors.append(error)
+
+    # A thread: in the main one Ray Train takes SIGINT for itself, and no other signal would be handled while it waits.
+    thread = threading.Thread(target=fit, name="tessera-ray-train", daemon=True)
+    watch = RayWatch(head_returns=True)
+    patience = END_SECONDS
+    with _stop_file(run) as passed_on:
+        thread.start()
+        while thread.is_alive() and patience > 0:
+            thread.join(_LOOK_EVERY)
+            passed_on()
+            watch.check()
+            if last.is_file():
+                patience -= _LOOK_EVERY
+    if thread.is_alive():
+        logger.warning(
+            "the run is complete, but Ray has not ended its workers in %.0f seconds: left alone", END_SECONDS
+        )
+    elif errors:
+        raise LaunchError(f"training into {run} failed: {_root_cause(errors[0])}") from errors[0]
+
+
+@contextmanager
+def _stop_file(run: Path) -> Iterator[Any]:
+    """Within the block a signal to stop becomes the run's stop file, once the given function is called."""
+    wanted = False
+    file = run / STOP_FILE
+
+    def note(_: int, __: FrameType | None) -> None:
+        nonlocal wanted
+        wanted = True
+
+    def pass_on() -> None:
+        nonlocal wanted
+        if wanted:
+            file.touch()
+            wanted = False
+
+    file.unlink(missing_ok=True)  # of a launch before, whose workers never came to read it
+    here = threading.current_thread() is threading.main_thread()
+    before = {number: signal.signal(number, note) for number in SIGNALS} if here else {}
     try:
-        trainer.fit()
-    except Exception as error:
-        raise LaunchError(f"training into {run} failed: {_root_cause(error)}") from error
+        yield pass_on
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+        file.unlink(missing_ok=True)
 
 
 def _train_on_this_worker(config: dict[str, Any]) -> None:
     # Ray sets the process group's variables; DeepSpeed insists on reading them.
     import ray.train
 
+    from pipeline import collectives
     from pipeline.training import train
+    from pipeline.training.stop import Interrupted
     from recipes.schema import load_recipe
 
     context = ray.train.get_context()
     os.environ.setdefault("RANK", str(context.get_world_rank()))
     os.environ.setdefault("LOCAL_RANK", str(context.get_local_rank()))
     os.environ.setdefault("WORLD_SIZE", str(context.get_world_size()))
-    train(load_recipe(config["recipe"]), config["run"])
+    with suppress(Interrupted):  # no failure: Ray Train would start a new group
+        train(load_recipe(config["recipe"]), config["run"])
+    collectives.leave()  # Ray would too, but waits a minute and more for a rank that has trouble with it
 
 
 def _root_cause(error: BaseException) -> str:

@@ -106,8 +106,10 @@ def _start_on_ray(recipe, run: Path, ranks: int, failures: int, ray_address: str
     recipe_file = run / "launched.yaml"
     recipe_file.write_text(recipe.to_yaml())
     with ray_session(ray_address), Follow(run, recipe.training.steps, recipe.name, warnings=True):
-        train_on_ray(recipe_file, run, ranks, failures=failures)
-    return 0
+        finished = train_on_ray(recipe_file, run, ranks, failures=failures)
+    if not finished:
+        print(f"stopped before its end; the same command goes on from {run}")
+    return 0 if finished else RESUME_ME
 
 
 def _run_or_show(command: Sequence[str], text: str, dry_run: bool, file: Path | None = None) -> int:
