@@ -227,11 +227,14 @@ def train(
     ranks: Annotated[
         int | None, typer.Option(min=1, help="Processes on this machine; by default one a GPU, or 1.")
     ] = None,
+    profile: Annotated[
+        bool, typer.Option("--profile", help="Write a trace of a few steps of each rank into RUN/profile.")
+    ] = False,
 ) -> None:
     """Train on this machine."""
     from launch.start import start_locally
 
-    raise typer.Exit(start_locally(recipe, overrides or [], run, ranks))
+    raise typer.Exit(start_locally(recipe, overrides or [], run, ranks, profile=profile))
 
 
 @app.command()

@@ -43,22 +43,43 @@ class LogReader:
         return lines
 
 
+LEARNING = {
+    "loss": "loss {:.4f}",
+    "accuracy": "accuracy {:.1%}",
+    "codebook_perplexity": "perplexity {:.1f}",
+    "codebook_usage": "usage {:.0%}",
+    "grad_norm": "gradient {:.2g}",
+    "learning_rate": "lr {:.1e}",
+}
+SPEED = {
+    "samples_per_second": "{:,.1f} samples/s",
+    "audio_per_second": "{:,.1f} s of audio/s",
+    "tokens_per_second": "{:,.0f} tokens/s",
+    "flop_utilisation": "{:.0%} of peak FLOP/s",
+    "data_wait_share": "{:.0%} waiting for data",
+    "all_reduce_share": "{:.0%} in all-reduce",
+}
+MEMORY = {"memory": "memory {:.1f} GiB", "memory_gpu": "GPU {:.1f} GiB"}
+
+
 def describe_line(line: dict[str, Any]) -> str:
-    """A log line in a few words."""
-    words = []
-    for key, label, form in (
-        ("loss", "loss", ".4f"),
-        ("accuracy", "accuracy", ".1%"),
-        ("codebook_perplexity", "perplexity", ".1f"),
-        ("codebook_usage", "usage", ".0%"),
-        ("learning_rate", "lr", ".1e"),
-    ):
-        if isinstance(line.get(key), int | float):
-            words.append(f"{label} {line[key]:{form}}")
+    """What a log line tells of learning, in a few words."""
+    words = _words(line, LEARNING)
     for collapse in ("tokens", "embeddings"):
         if line.get(f"collapse_{collapse}"):
             words.append(f"{collapse} collapse")
+    if line.get("skipped"):
+        words.append(f"{line['skipped']} steps skipped")
     return "  ".join(words)
+
+
+def describe_speed(line: dict[str, Any]) -> str:
+    """What a log line tells of speed and memory, in a few words."""
+    return "  ".join(_words(line, SPEED) + _words(line, MEMORY, 2**30))
+
+
+def _words(line: dict[str, Any], forms: dict[str, str], unit: float = 1) -> list[str]:
+    return [form.format(line[key] / unit) for key, form in forms.items() if isinstance(line.get(key), int | float)]
 
 
 class Follow:
@@ -110,10 +131,11 @@ class Follow:
                     self._console.print(
                         f"  {self._title}: warning at step {line['step']}: {warning}", soft_wrap=True, highlight=False
                     )
-                self._progress.update(self._task, completed=line["step"], state=describe_line(line))
+                learning, speed = describe_line(line), describe_speed(line)
+                self._progress.update(self._task, completed=line["step"], state=f"{learning}\n{speed}")
                 done = line["step"] >= self._steps
                 if not self._console.is_terminal and (done or time.monotonic() - said >= SECONDS_BETWEEN_LINES):
-                    state = describe_line(line)
+                    state = "  ".join(filter(None, [learning, speed]))
                     self._console.print(
                         f"  {self._title}: step {line['step']}/{self._steps}  {state}", soft_wrap=True, highlight=False
                     )

@@ -34,14 +34,16 @@ def local_command(recipe: str, overrides: Sequence[str], run: Path, ranks: int) 
     ]
 
 
-def train_locally(recipe: str, overrides: Sequence[str], run: Path, ranks: int, steps: int) -> int:
+def train_locally(
+    recipe: str, overrides: Sequence[str], run: Path, ranks: int, steps: int, *, profile: bool = False
+) -> int:
     """Train to ``steps`` and return the exit code; a rank that dies ends the others.
 
     A signal to stop goes on to the ranks, which save their state: the code is :data:`pipeline.training.stop.RESUME_ME`
     then.
     """
     # torchrun takes any code but 0 of a rank for a crash, and says so at length.
-    command = [*local_command(recipe, overrides, run, ranks), "--interrupted-code=0"]
+    command = [*local_command(recipe, overrides, run, ranks), "--interrupted-code=0", *["--profile"] * profile]
     process = subprocess.Popen(command, env=os.environ | rank_environment(ranks))
     with _forwarded(process.pid) as stopped:
         code = process.wait()

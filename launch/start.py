@@ -17,14 +17,16 @@ from launch import files, local
 from pipeline.training.stop import RESUME_ME
 
 
-def start_locally(recipe_name: str, overrides: Sequence[str], run: Path, ranks: int | None) -> int:
+def start_locally(
+    recipe_name: str, overrides: Sequence[str], run: Path, ranks: int | None, *, profile: bool = False
+) -> int:
     """`tessera train`: ranks of this machine under torchrun, progress on the terminal."""
     from launch.follow import Follow
 
     ranks = ranks or _default_ranks()
     recipe = check_run(recipe_name, overrides, run, ranks)
     with Follow(run, recipe.training.steps, recipe.name):
-        code = local.train_locally(recipe_name, overrides, run, ranks, recipe.training.steps)
+        code = local.train_locally(recipe_name, overrides, run, ranks, recipe.training.steps, profile=profile)
     if code == RESUME_ME:
         print(f"stopped before its end; the same command goes on from {run}")
     if code == 0:

@@ -41,6 +41,11 @@ class Autoencoder(nn.Module):
         self.quantizer = quantizer
         self.decoder = _decoder(config)
 
+    @property
+    def blocks(self) -> list[nn.Module]:
+        """Layers that may be computed twice, and compiled."""
+        return [block for block in [*self.encoder, *self.decoder] if isinstance(block, ResidualBlock)]
+
     def forward(self, batch: ImageBatch) -> StepOutput:
         """Losses and metrics of one micro-batch."""
         images = self._normalise(batch.pixels)

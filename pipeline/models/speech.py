@@ -48,6 +48,11 @@ class Wav2Vec2Pretraining(nn.Module):
         """(channels, kernel, stride) of each convolution: they decide how many frames a clip has."""
         return self.config.conv_layers
 
+    @property
+    def blocks(self) -> list[nn.Module]:
+        """Layers that may be computed twice, and compiled."""
+        return list(self.encoder.layers)
+
     def forward(self, batch: SpeechBatch) -> StepOutput:
         """Losses and metrics of one micro-batch."""
         features, layout, raw = self._features(batch.waveforms, batch.lengths)

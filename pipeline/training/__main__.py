@@ -19,6 +19,7 @@ def main() -> int:
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="dotted overrides")
     # torchrun takes --run for an abbreviation of its own --run-path, even behind the module's name.
     parser.add_argument("--run-dir", required=True, help="run folder; training starts where it left off")
+    parser.add_argument("--profile", action="store_true", help="write a trace of a few steps into DIR/profile")
     parser.add_argument(
         "--interrupted-code",
         type=int,
@@ -41,7 +42,7 @@ def main() -> int:
     from recipes.schema import RecipeError, load_recipe
 
     try:
-        train(load_recipe(arguments.recipe, arguments.overrides), arguments.run_dir)
+        train(load_recipe(arguments.recipe, arguments.overrides), arguments.run_dir, profile=arguments.profile)
     except RecipeError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

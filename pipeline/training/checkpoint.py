@@ -57,6 +57,8 @@ class CheckpointManifest(BaseModel):
     """Name → shape."""
     optimizer_steps: dict[str, float]
     """Name → steps that the optimiser has made for it."""
+    loss_scale: tuple[float, int] | None = None
+    """fp16's factor on the loss, and the good steps since it changed."""
     files: dict[str, tuple[int, str]]
     """Relative path → bytes, sha256."""
 

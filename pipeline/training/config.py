@@ -50,13 +50,18 @@ class EngineConfig(BaseModel):
     zero_stage: Literal[0, 1, 2, 3] = Field(
         1, description="what is partitioned: 1 optimiser, 2 + gradients, 3 + weights"
     )
-    precision: Literal["fp32", "bf16"] = Field(
+    precision: Literal["fp32", "bf16", "fp16"] = Field(
         "fp32", description="of matrix products and activations; weights and codebook state are always fp32"
     )
     gradient_clipping: float = Field(1.0, ge=0, description="largest global gradient norm; 0 switches clipping off")
     deterministic: bool = Field(
         True, description="refuse nondeterministic torch kernels where torch knows a better one"
     )
+    activation_checkpointing: bool = Field(
+        False,
+        description="keep only the inputs of transformer layers or residual blocks; compute the rest again backward",
+    )
+    compile: bool = Field(False, description="torch.compile of each transformer layer or residual block")
 
 
 class CodebookConfig(BaseModel):
@@ -84,3 +89,6 @@ class TrainingConfig(BaseModel):
         5, ge=1, description="steps in a row without a finite loss and gradient, which are skipped, that end the run"
     )
     collective_timeout: int = Field(600, ge=10, description="seconds after which a missing peer is an error")
+    wandb: str | None = Field(
+        None, min_length=1, description="project of Weights & Biases that gets the log too; needs the package wandb"
+    )

@@ -13,8 +13,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from pipeline.training.blocks import wrap_blocks
 from pipeline.training.config import EngineConfig
-from pipeline.training.guard import skip_bad_steps
+from pipeline.training.loss_scale import LossScale, finish_gradients
 
 if TYPE_CHECKING:
     from deepspeed import DeepSpeedEngine
@@ -69,10 +70,10 @@ def join_process_group(timeout_seconds: int) -> torch.device:
 def engine_settings(config: EngineConfig, accumulation: int, parameters: int) -> dict[str, Any]:
     """DeepSpeed's configuration for ``accumulation`` micro-batches a step and rank of a model of so many parameters.
 
-    bf16 is torch's autocast around the forward: matrix products and activations in bf16, parameters and their gradients
-    in fp32. DeepSpeed's own bf16 mode keeps all parameters in bf16 beside an fp32 copy in the optimiser, learned codes
-    too (design rule 5), and its ``keep_in_fp32_modules`` is for buffers only; ZeRO 3 joins parameters of one dtype only
-    into its flat buffer, so single ones can't be taken out.
+    bf16 and fp16 are torch's autocast around the forward: matrix products and activations in half precision, parameters
+    and their gradients in fp32. DeepSpeed's own bf16 mode keeps all parameters in bf16 beside an fp32 copy in the
+    optimiser, learned codes too (design rule 5), and its ``keep_in_fp32_modules`` is for buffers only; ZeRO 3 joins
+    parameters of one dtype only into its flat buffer, so single ones can't be taken out.
     """
     # DeepSpeed allocates whole buckets anew each step, by default of 2 GB: more than a small model needs.
     bucket = min(LARGEST_BUCKET, 1 << parameters.bit_length())
@@ -80,7 +81,8 @@ def engine_settings(config: EngineConfig, accumulation: int, parameters: int) ->
         # Micro-batches vary in size; the loop normalises losses itself (design rule 3), so DeepSpeed only counts them.
         "train_micro_batch_size_per_gpu": 1,
         "gradient_accumulation_steps": accumulation,
-        "gradient_clipping": config.gradient_clipping,
+        # Under ZeRO 0 the optimiser clips, see finish_gradients.
+        "gradient_clipping": config.gradient_clipping if config.zero_stage else 0.0,
         "zero_optimization": {
             "stage": config.zero_stage,
             "overlap_comm": False,
@@ -90,8 +92,8 @@ def engine_settings(config: EngineConfig, accumulation: int, parameters: int) ->
         "zero_allow_untested_optimizer": True,
         # No modules with a lower precision in collectives: sums over ranks in bf16 would depend on their number.
         "torch_autocast": {
-            "enabled": config.precision == "bf16",
-            "dtype": "bfloat16",
+            "enabled": config.precision != "fp32",
+            "dtype": "float16" if config.precision == "fp16" else "bfloat16",
             "lower_precision_safe_modules": [],
         },
         "steps_per_print": 2**31,
@@ -101,15 +103,17 @@ def engine_settings(config: EngineConfig, accumulation: int, parameters: int) ->
 
 def build_engine(
     model: torch.nn.Module, optimizer: torch.optim.Optimizer, config: EngineConfig, accumulation: int
-) -> DeepSpeedEngine:
-    """Wrap the model for training. Needs the process group."""
+) -> tuple[DeepSpeedEngine, LossScale]:
+    """Wrap the model for training. Needs the process group. The loss scale multiplies nothing unless the precision is
+    fp16."""
     deepspeed = import_deepspeed()
     parameters = sum(parameter.numel() for parameter in model.parameters())
     settings = engine_settings(config, accumulation, parameters)
+    wrap_blocks(model, config)
     if config.zero_stage == 0:
-        skip_bad_steps(optimizer)
+        finish_gradients(optimizer, config.gradient_clipping)
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=settings, dist_init_required=False)
-    return engine
+    return engine, LossScale(engine, enabled=config.precision == "fp16")
 
 
 def _free_port() -> int:

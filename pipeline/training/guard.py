@@ -1,8 +1,9 @@
 """Steps whose loss or gradient is not a number: skipped on all ranks together, counted, and in the end an error.
 
 In: each micro-batch's losses and whether the engine made its step. Out: a count for the log, or :class:`TrainingError`
-with the samples' keys. ZeRO 1–3 skip a step whose joint gradient is not finite; :func:`skip_bad_steps` gives ZeRO 0 the
-same. A rank that stopped by itself would leave the others waiting.
+with the samples' keys. ZeRO 1–3 skip a step whose joint gradient is not finite, and
+:func:`pipeline.training.loss_scale.finish_gradients` gives ZeRO 0 the same. A rank that stopped by itself would leave
+the others waiting.
 """
 
 from __future__ import annotations
@@ -45,18 +46,22 @@ class SkipGuard:
         self._losses = dict(zip(losses, values.tolist(), strict=True))
         return False
 
-    def note(self, step: int, applied: bool, micro_batches: Sequence[Any]) -> None:
-        """What became of a step, the same on every rank. Raises :class:`TrainingError` on every rank when it was the
-        last straw."""
+    def note(self, step: int, applied: bool, micro_batches: Sequence[Any], lowered_to: float | None = None) -> None:
+        """What became of a step, the same on every rank. A step that has lowered the loss scale ``lowered_to`` may have
+        been the scale's fault: it is counted, but none in a row. Raises :class:`TrainingError` on every rank when it
+        was the last straw."""
         if applied:
             self._in_a_row = 0
             self._keys.clear()
             self._losses.clear()
             return
-        self._in_a_row += 1
         self._since_read += 1
         if collectives.rank() == 0:
-            logger.warning("step %d skipped: its loss or gradient is not finite", step)
+            scale = "" if lowered_to is None else f", the loss scale is {lowered_to:g} now"
+            logger.warning("step %d skipped: its loss or gradient is not finite%s", step, scale)
+        if lowered_to is not None:
+            return
+        self._in_a_row += 1
         if self._in_a_row < self.most:
             return
         found = collectives.all_gather_objects((self._keys, self._losses))
@@ -77,21 +82,3 @@ class SkipGuard:
         """Steps skipped since the last call."""
         count, self._since_read = self._since_read, 0
         return count
-
-
-def skip_bad_steps(optimizer: torch.optim.Optimizer) -> None:
-    """Let a plain torch optimiser pass over a step whose gradient is not finite, and say so as ZeRO's do: by
-    ``overflow``. Gradients must be summed over ranks by then, so that all ranks do the same."""
-    made = optimizer.step
-
-    def step(closure: Any = None) -> Any:
-        gradients = [
-            parameter.grad
-            for group in optimizer.param_groups
-            for parameter in group["params"]
-            if parameter.grad is not None
-        ]
-        optimizer.overflow = not bool(torch.isfinite(torch.nn.utils.get_total_norm(gradients)))  # type: ignore[attr-defined]
-        return None if optimizer.overflow else made(closure)  # type: ignore[attr-defined]
-
-    optimizer.step = step  # type: ignore[method-assign]

@@ -1,28 +1,27 @@
-"""What a run says while it trains: sums over ranks, ``log.jsonl``, TensorBoard.
+"""What a run says while it trains: sums over ranks, ``log.jsonl``, TensorBoard, Weights & Biases.
 
 In: each micro-batch's StepOutput and each step's numbers. Out: one JSON line every N steps. May touch: the run folder's
-log and tensorboard (rank 0), and one small all-reduce for each line.
+log, tensorboard and wandb (rank 0), and one small all-reduce for each line.
 """
 
 from __future__ import annotations
 
+import hashlib
+import importlib.util
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from pipeline import collectives
-from pipeline.codebooks import Alarm
 from pipeline.models.base import StepOutput
 
-PERSISTENT_STEPS = 5
-"""Watched steps in a row that show a collapse before it is warned of: codes and latents of an untrained encoder often
-look collapsed and recover within some hundred steps."""
-REMINDER_STEPS = 20
-"""Watched steps after which a warning is repeated while its cause lasts."""
+if TYPE_CHECKING:
+    from pipeline.training.run_folder import Run
+    from recipes.schema import Recipe
 
 
 class StepMeter:
@@ -67,37 +66,23 @@ class StepMeter:
         return {"loss": sum(losses.values()), **{f"loss_{name}": value for name, value in losses.items()}, **metrics}
 
 
-class AlarmLog:
-    """Decides which of a watched step's alarms are worth a warning: one that has lasted :data:`PERSISTENT_STEPS`, and
-    from then on every :data:`REMINDER_STEPS`-th time until it has been gone once."""
-
-    def __init__(self) -> None:
-        self._lasting: dict[tuple[str, str], int] = {}  # watched steps in a row, by collapse and quantizer
-
-    def warnings(self, alarms: Sequence[Alarm]) -> list[str]:
-        """Messages to be said now; called once for each watched step with all of its alarms."""
-        found = {(alarm.collapse, alarm.quantizer): alarm.message for alarm in alarms}
-        self._lasting = {key: self._lasting.get(key, 0) + 1 for key in found}
-        return [
-            message
-            for key, message in found.items()
-            if self._lasting[key] >= PERSISTENT_STEPS and (self._lasting[key] - PERSISTENT_STEPS) % REMINDER_STEPS == 0
-        ]
-
-
 class RunLog:
-    """Writes ``log.jsonl`` and TensorBoard from rank 0; on the other ranks it writes nothing."""
+    """Writes ``log.jsonl``, TensorBoard and, if the recipe asks for it, Weights & Biases from rank 0; on the other
+    ranks it writes nothing."""
 
-    def __init__(self, log_file: Path, tensorboard_folder: Path, attempt: int) -> None:
-        self.attempt = attempt
-        self._writer: Any = None
+    def __init__(self, run: Run, recipe: Recipe) -> None:
+        self.attempt = last_attempt(run.log_file) + 1
         self._file: Any = None
+        self._writer: Any = None
+        self._wandb: Any = None
         if collectives.rank() == 0:
             from torch.utils.tensorboard import SummaryWriter
 
-            _end_torn_line(log_file)
-            self._file = log_file.open("a", buffering=1)
-            self._writer = SummaryWriter(str(tensorboard_folder))
+            _end_torn_line(run.log_file)
+            self._file = run.log_file.open("a", buffering=1)
+            self._writer = SummaryWriter(str(run.path / "tensorboard"))
+            if recipe.training.wandb:
+                self._wandb = _open_wandb(run, recipe)
 
     def write(self, step: int, values: Mapping[str, Any]) -> None:
         """One line for ``step`` (optimiser steps done); what is no number is in ``log.jsonl`` only."""
@@ -109,14 +94,44 @@ class RunLog:
             for name, value in values.items()
         }
         self._file.write(json.dumps({"step": step, "attempt": self.attempt, **finite}) + "\n")
-        for name, value in values.items():
-            if isinstance(value, int | float):
-                self._writer.add_scalar(name, value, step)
+        numbers = {name: value for name, value in values.items() if isinstance(value, int | float)}
+        for name, value in numbers.items():
+            self._writer.add_scalar(name, value, step)
+        if self._wandb is not None:
+            self._wandb.log(numbers, step=step)
 
     def close(self) -> None:
         if self._file is not None:
             self._file.close()
             self._writer.close()
+        if self._wandb is not None:
+            self._wandb.finish()
+
+
+def check_wandb(project: str | None) -> None:
+    """Raise RecipeError when a project is asked for and the package is not there."""
+    from recipes.schema import RecipeError
+
+    if project and importlib.util.find_spec("wandb") is None:
+        raise RecipeError(
+            f"training.wandb={project}: the package wandb is not installed here: pip install wandb, or leave "
+            "training.wandb out; log.jsonl and TensorBoard hold the same numbers"
+        )
+
+
+def _open_wandb(run: Run, recipe: Recipe) -> Any:
+    import wandb
+
+    # The folder's path names the run, so that a resumed one goes on where it was.
+    name = hashlib.sha256(str(run.path.resolve()).encode()).hexdigest()[:16]
+    return wandb.init(
+        project=recipe.training.wandb,
+        id=name,
+        name=run.path.name,
+        resume="allow",
+        dir=str(run.path),
+        config=recipe.model_dump(mode="json"),
+    )
 
 
 def last_attempt(log_file: Path) -> int:

@@ -7,28 +7,31 @@ from __future__ import annotations
 
 import logging
 import os
-import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from pipeline import collectives
-from pipeline.codebooks import CodebookHealth, CodebookSync, initialise_codebooks
+from pipeline.codebooks import CodebookSync, initialise_codebooks
 from pipeline.data import SamplingPlan, build_loader, open_data
 from pipeline.models import build_collation, build_model
+from pipeline.training.alarms import Alarms
 from pipeline.training.checkpoint import CheckpointError, find_latest, load_checkpoint, read_manifest
 from pipeline.training.checkpoint_writer import CheckpointWriter, Retention
 from pipeline.training.engine import build_engine, join_process_group
 from pipeline.training.environment import write_environment
 from pipeline.training.guard import SkipGuard
-from pipeline.training.log import AlarmLog, RunLog, StepMeter, last_attempt
+from pipeline.training.log import RunLog, StepMeter, check_wandb
+from pipeline.training.loss_scale import LossScale
 from pipeline.training.optimizer import build_optimizer
 from pipeline.training.peer_loss import explained
+from pipeline.training.profile import step_profiler
 from pipeline.training.run_folder import Run
 from pipeline.training.run_lock import RunLock
 from pipeline.training.schedule import learning_rate_factor
 from pipeline.training.stop import Interrupted, StopRequest
+from pipeline.training.throughput import CollectiveClock, Throughput
 
 if TYPE_CHECKING:
     from deepspeed import DeepSpeedEngine
@@ -39,10 +42,12 @@ logger = logging.getLogger("tessera")
 
 
 @explained
-def train(recipe: Recipe, run_dir: str | Path) -> Run:
+def train(recipe: Recipe, run_dir: str | Path, *, profile: bool = False) -> Run:
     """Train ``recipe`` into ``run_dir`` on the ranks that exist, from the last whole checkpoint if there is one.
 
-    Every rank calls it. Raises :class:`recipes.schema.RecipeError` for a recipe these ranks or this data can't run,
+    Every rank calls it. With ``profile`` it also writes a trace of a few steps into ``run_dir/profile``.
+
+    Raises :class:`recipes.schema.RecipeError` for a recipe these ranks or this data can't run,
     :class:`pipeline.training.checkpoint.CheckpointError` for a checkpoint they can't continue or can't write,
     :class:`pipeline.training.guard.TrainingError` when step after step has no finite gradient,
     :class:`pipeline.training.run_lock.RunInUse` when another training holds the folder,
@@ -53,6 +58,7 @@ def train(recipe: Recipe, run_dir: str | Path) -> Run:
     device = join_process_group(recipe.training.collective_timeout)
     recipe.check_ranks(collectives.world_size())
     recipe.check_data()
+    check_wandb(recipe.training.wandb)
     _make_repeatable(recipe)
     lock = RunLock(run.path)
     claim_run_folder(run, recipe)
@@ -85,20 +91,22 @@ def train(recipe: Recipe, run_dir: str | Path) -> Run:
         batches = (batch.to(device) for step in first_steps for batch in step)
         initialise_codebooks(model, batches, method="kmeans")
 
-    engine = build_engine(model, optimizer, recipe.engine, accumulation)
+    engine, loss_scale = build_engine(model, optimizer, recipe.engine, accumulation)
     start = 0
     if checkpoint is not None:
-        start = load_checkpoint(engine, checkpoint).step
+        manifest = load_checkpoint(engine, checkpoint)
+        start = manifest.step
+        loss_scale.load(manifest.loss_scale)
     sync.check_ranks_agree()
 
-    log = RunLog(run.log_file, run.path / "tensorboard", attempt=last_attempt(run.log_file) + 1)
+    log = RunLog(run, recipe)
     write_environment(run.environment_file)
-    meter, alarm_log, guard = StepMeter(), AlarmLog(), SkipGuard(recipe.training.max_skipped)
+    meter, throughput = StepMeter(), Throughput(device, recipe.engine.precision)
+    alarms, guard = Alarms(_negatives(recipe)), SkipGuard(recipe.training.max_skipped)
     retention = Retention(recipe.training.keep_checkpoints, recipe.training.keep_every, recipe.training.keep_best)
     writer = CheckpointWriter(run.checkpoints, retention, beside=[run.recipe_file, run.environment_file])
     retry_at, loss = 0, None
     loader = load(start)
-    clock = time.perf_counter()
 
     def facts() -> dict[str, Any]:
         return {
@@ -108,10 +116,15 @@ def train(recipe: Recipe, run_dir: str | Path) -> Run:
             "data_fingerprint": plan.fingerprint,
             "data": plan.description,
             "codebook_checksum": sync.checksum(),
+            "loss_scale": loss_scale.state(),
         }
 
     try:
-        with StopRequest(run.path if collectives.rank() == 0 else None) as stop:
+        with (
+            StopRequest(run.path if collectives.rank() == 0 else None) as stop,
+            CollectiveClock(device) as exchange,
+            step_profiler(run.path / "profile" if profile else None) as end_of_step,
+        ):
             for step in range(start, recipe.training.steps):
                 micro_batches = next(loader)
                 targets, stopping, writing = _sum_over_ranks(
@@ -126,25 +139,27 @@ def train(recipe: Recipe, run_dir: str | Path) -> Run:
                 _set_learning_rate(engine, recipe, step)
                 for batch in micro_batches:
                     _seed_micro_batch(recipe.seed, step, batch.number)
-                    output = engine(batch.to(device))
+                    with throughput.counting_flops(batch):
+                        output = engine(batch.to(device))
                     meter.add(output, batch.targets, counts=guard.looks_finite(output.losses, batch.keys))
-                    _backward(engine, output.losses, targets)
+                    throughput.add(batch, output)
+                    _backward(engine, loss_scale, output.losses, targets)
                     engine.step()  # acts at the last micro-batch: all-reduce, clip, optimiser
                 applied = engine.was_step_applied()  # the same on every rank: ZeRO looks at the joint gradient
-                guard.note(step, applied, micro_batches)
+                guard.note(step, applied, micro_batches, loss_scale.update(applied))
                 health = sync.step() if applied else sync.discard()
                 done = step + 1
                 if done % recipe.codebooks.check_every == 0:
                     sync.check_ranks_agree()
                 if done % recipe.training.log_every == 0 or done == recipe.training.steps:
-                    values = meter.read() | health.summary() | _progress(engine, plan, done)
+                    values = meter.read() | health.summary() | _progress(engine, loss_scale, plan, done)
                     loss = values.get("loss")
-                    now = time.perf_counter()
-                    warnings = _warn(alarm_log, health) if done % recipe.training.log_every == 0 else {}
-                    seconds = now - clock
-                    times = {"seconds": seconds, "data_wait_share": loader.wait_seconds / seconds}
-                    log.write(done, values | times | {"skipped": guard.read()} | warnings)
-                    clock, loader.wait_seconds = now, 0.0
+                    values |= {"skipped": guard.read()} | throughput.read(loader.wait_seconds, exchange.read())
+                    loader.wait_seconds = 0.0
+                    watched = done % recipe.training.log_every == 0
+                    warnings = _warn(alarms.warnings(done, values, health.alarms)) if watched else {}
+                    log.write(done, values | warnings)
+                end_of_step()
                 if done == recipe.training.steps:
                     writer.save_and_wait(engine, done, facts())
                 elif done % recipe.training.checkpoint_every == 0 or done == retry_at:
@@ -225,28 +240,35 @@ def _set_learning_rate(engine: DeepSpeedEngine, recipe: Recipe, step: int) -> No
         group["lr"] = rate
 
 
-def _backward(engine: DeepSpeedEngine, losses: dict[str, torch.Tensor], targets: int) -> None:
+def _backward(engine: DeepSpeedEngine, loss_scale: LossScale, losses: dict[str, torch.Tensor], targets: int) -> None:
     """Backward of the summed losses over the global number of targets.
 
     DeepSpeed averages gradients over ranks and would divide by the accumulation steps: the factor undoes the first and
     ``scale_wrt_gas`` the second, which leaves sum / targets exactly.
     """
     loss = torch.stack([value.float() for value in losses.values()]).sum()
-    engine.backward(loss * (collectives.world_size() / targets), scale_wrt_gas=False)
+    loss = loss_scale.apply(loss * (collectives.world_size() / targets))
+    engine.backward(loss, scale_wrt_gas=False)
 
 
-def _progress(engine: DeepSpeedEngine, plan: SamplingPlan, done: int) -> dict[str, float]:
+def _negatives(recipe: Recipe) -> int:
+    """Distractors of each target of a speech model, 0 for another."""
+    masking = getattr(recipe.model, "masking", None)
+    return masking.negatives if masking else 0
+
+
+def _progress(engine: DeepSpeedEngine, loss_scale: LossScale, plan: SamplingPlan, done: int) -> dict[str, float]:
     norm = engine.get_global_grad_norm()
-    return {
+    values = {
         "grad_norm": float("nan") if norm is None else float(norm),
         "learning_rate": float(engine.optimizer.param_groups[0]["lr"]),
         "epoch": plan.epoch(done),
     }
+    return values | ({"loss_scale": loss_scale.value} if loss_scale.enabled else {})
 
 
-def _warn(alarm_log: AlarmLog, health: CodebookHealth) -> dict[str, list[str]]:
-    """Say what is wrong with the codebooks, once; returns it for the log."""
-    messages = alarm_log.warnings(health.alarms)
+def _warn(messages: list[str]) -> dict[str, list[str]]:
+    """Say what is wrong on rank 0's console; returns it for the log."""
     if collectives.rank() == 0:
         for message in messages:
             logger.warning("%s", message)

@@ -28,12 +28,12 @@ class PeerLost(RuntimeError):
 
 
 def explained(train: Callable[..., Run]) -> Callable[..., Run]:
-    """Decorator of ``train(recipe, run_dir)``: raises :class:`PeerLost` for errors of the process group."""
+    """Decorator of ``train(recipe, run_dir, …)``: raises :class:`PeerLost` for errors of the process group."""
 
     @functools.wraps(train)
-    def wrapped(recipe: Recipe, run_dir: str | Path) -> Run:
+    def wrapped(recipe: Recipe, run_dir: str | Path, **options: Any) -> Run:
         try:
-            return train(recipe, run_dir)
+            return train(recipe, run_dir, **options)
         except RuntimeError as error:
             if not _is_of_the_process_group(error):
                 raise

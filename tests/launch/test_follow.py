@@ -6,7 +6,7 @@ import time
 import pytest
 from rich.console import Console
 
-from launch.follow import Follow, LogReader, describe_line
+from launch.follow import Follow, LogReader, describe_line, describe_speed
 
 
 def _append(file, text):
@@ -54,6 +54,34 @@ def test_without_a_terminal_progress_and_resume_are_printed_as_lines(tmp_path):
 
 def test_missing_values_are_left_out():
     assert describe_line({"loss": None, "codebook_usage": 0.5}) == "usage 50%"
+
+
+def test_speed_waiting_and_memory_stand_beside_what_is_learnt(tmp_path):
+    line = {
+        "samples_per_second": 196.39,
+        "tokens_per_second": 12569.2,
+        "flop_utilisation": 0.414,
+        "data_wait_share": 0.03,
+        "all_reduce_share": 0.42,
+        "memory": 3 * 2**29,
+    }
+    speed = "196.4 samples/s  12,569 tokens/s  41% of peak FLOP/s  3% waiting for data  42% in all-reduce"
+    assert describe_speed(line) == f"{speed}  memory 1.5 GiB"
+    assert describe_line(line) == ""
+    output = tmp_path / "output"
+    with output.open("w") as stream:
+        console = Console(file=stream, force_terminal=True, width=240)
+        with Follow(tmp_path, steps=20, title="tiny", console=console):
+            time.sleep(0.1)
+            _append(tmp_path / "log.jsonl", json.dumps({"step": 10, "attempt": 1, "loss": 2.5, **line}) + "\n")
+    text = output.read_text()
+    assert "loss 2.5000" in text
+    assert speed in text
+
+
+def test_skipped_steps_are_seen_on_the_line():
+    assert describe_line({"loss": 1.0, "skipped": 2}) == "loss 1.0000  2 steps skipped"
+    assert describe_line({"loss": 1.0, "skipped": 0}) == "loss 1.0000"
 
 
 def test_a_collapse_is_seen_on_the_line():

@@ -53,7 +53,7 @@ def _engine(stage, seed):
     from pipeline.codebooks import CodebookSync
     from pipeline.training.config import EngineConfig, OptimizerConfig
     from pipeline.training.engine import engine_settings, import_deepspeed
-    from pipeline.training.guard import skip_bad_steps
+    from pipeline.training.loss_scale import finish_gradients
     from pipeline.training.optimizer import build_optimizer
 
     warnings.simplefilter("ignore")
@@ -67,7 +67,7 @@ def _engine(stage, seed):
     # Some of these small parameters stay whole under ZeRO 3, others are partitioned.
     settings["zero_optimization"]["stage3_param_persistence_threshold"] = 20
     if stage == 0:
-        skip_bad_steps(optimizer)
+        finish_gradients(optimizer, 1.0)
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=settings, dist_init_required=False)
     return engine, sync, collectives.rank()
 

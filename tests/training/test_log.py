@@ -1,51 +1,17 @@
-"""Which alarms become warnings, and where a line of the log goes."""
+"""Where a line of the log goes, and what stands in one."""
 
+import importlib.util
 import json
 
-from pipeline.codebooks import Alarm
-from pipeline.training.log import PERSISTENT_STEPS, REMINDER_STEPS, AlarmLog, RunLog
+import pytest
 
-TOKENS, EMBEDDINGS = Alarm("tokens", "quantizer", "few codes"), Alarm("embeddings", "quantizer", "flat latents")
-
-
-def said(log, alarms, times):
-    """How often each of some watched steps in a row said something."""
-    return [log.warnings(alarms) for _ in range(times)]
-
-
-def test_a_collapse_that_passes_is_not_warned_of():
-    log = AlarmLog()
-    for _ in range(3):
-        assert said(log, [TOKENS], PERSISTENT_STEPS - 1) == [[]] * (PERSISTENT_STEPS - 1)
-        assert log.warnings([]) == []
-
-
-def test_a_collapse_that_lasts_is_warned_of_once_and_now_and_then():
-    log = AlarmLog()
-    spoken = said(log, [TOKENS], PERSISTENT_STEPS + 2 * REMINDER_STEPS)
-    places = [number for number, messages in enumerate(spoken, start=1) if messages]
-    assert places == [PERSISTENT_STEPS, PERSISTENT_STEPS + REMINDER_STEPS, PERSISTENT_STEPS + 2 * REMINDER_STEPS]
-    assert spoken[PERSISTENT_STEPS - 1] == ["few codes"]
-
-
-def test_a_collapse_that_comes_back_is_warned_of_again():
-    log = AlarmLog()
-    said(log, [TOKENS], PERSISTENT_STEPS)
-    log.warnings([])
-    assert said(log, [TOKENS], PERSISTENT_STEPS)[-1] == ["few codes"]
-
-
-def test_collapses_and_quantizers_are_counted_apart():
-    log = AlarmLog()
-    said(log, [TOKENS], 2)
-    other = Alarm("tokens", "other", "few codes there")
-    spoken = said(log, [TOKENS, EMBEDDINGS, other], PERSISTENT_STEPS)
-    assert spoken[PERSISTENT_STEPS - 3] == ["few codes"]
-    assert spoken[-1] == ["flat latents", "few codes there"]
+from pipeline.training.log import RunLog, check_wandb
+from pipeline.training.run_folder import Run
+from recipes.schema import RecipeError, load_recipe
 
 
 def test_warnings_stand_in_the_log_beside_the_numbers(tmp_path):
-    log = RunLog(tmp_path / "log.jsonl", tmp_path / "tensorboard", attempt=1)
+    log = RunLog(Run(tmp_path), load_recipe("image/autoencoder_tiny_ksom"))
     log.write(10, {"loss": 1.5, "collapse_tokens": 1.0, "warnings": ["few codes"]})
     log.close()
     (line,) = (tmp_path / "log.jsonl").read_text().splitlines()
@@ -56,3 +22,43 @@ def test_warnings_stand_in_the_log_beside_the_numbers(tmp_path):
         "collapse_tokens": 1.0,
         "warnings": ["few codes"],
     }
+
+
+def test_a_line_tells_how_fast_the_run_is(image_run):
+    for line in Run(image_run).log():
+        # 2 micro-batches of 8 images of 32 × 32 a step, with 8 × 8 tokens each
+        assert line["samples_per_second"] == pytest.approx(16 / line["seconds"])
+        assert line["tokens_per_second"] == pytest.approx(16 * 64 / line["seconds"])
+        assert line["flops_per_second"] > 0
+        assert "flop_utilisation" not in line, "a CPU has no peak that we know"
+        assert "audio_per_second" not in line
+        assert 0 <= line["data_wait_share"] <= 1
+        assert 0 <= line["all_reduce_share"] <= 1
+        assert line["memory"] > 100e6
+        assert line["grad_norm"] > 0
+
+
+def test_speech_is_counted_in_seconds(speech_run):
+    for line in Run(speech_run).log():
+        seconds = line["audio_per_second"] * line["seconds"]
+        assert 6 < seconds <= 12  # 2 micro-batches of up to 6 padded seconds
+
+
+@pytest.mark.skipif(importlib.util.find_spec("wandb") is not None, reason="wandb is installed")
+def test_wandb_that_is_not_there_is_refused():
+    check_wandb(None)
+    with pytest.raises(RecipeError, match=r"training\.wandb=speech: the package wandb is not installed"):
+        check_wandb("speech")
+
+
+def test_wandb_gets_the_numbers_without_a_network(tmp_path, monkeypatch):
+    pytest.importorskip("wandb")
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    for attempt in (1, 2):
+        log = RunLog(Run(tmp_path), load_recipe("image/autoencoder_tiny_ksom", ["training.wandb=project"]))
+        assert log.attempt == attempt
+        log.write(attempt, {"loss": 1.5, "warnings": ["few codes"]})
+        log.close()
+    folders = list((tmp_path / "wandb").glob("offline-run-*"))
+    assert folders, "an offline run lies in the run folder"
+    assert len({folder.name.rsplit("-", 1)[1] for folder in folders}) == 1, "a resumed run is the same run"

@@ -1,0 +1,108 @@
+"""Takes steps of tiny models through the real engine, as the loop does, and brings back all that they changed."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from pipeline.data.collation import ImageBatch
+from tests.models import speech
+
+BETA = 0.9
+"""Adam's first: after one step its first moment is the gradient times 1 - BETA."""
+STEP_MICRO_BATCHES = 4
+SPEECH_LENGTHS = [(9_000, 9_000), (9_000,), (9_000, 9_000, 9_000), (9_000,)]
+"""Of one length, as padding changes what group norm sees; the numbers of clips differ."""
+IMAGES = [3, 1, 2, 4]
+
+
+def build(kind: str, **changes: Any) -> nn.Module:
+    """A model of ``kind`` with weights from a seed; its codebook is learned by gradient."""
+    from pipeline.models import build_model
+    from pipeline.models.config import AutoencoderConfig
+    from pipeline.quantizers.ste import STEConfig
+
+    if kind == "speech":
+        # The features' mean square is over frames and weighted by targets: it is no sum over targets.
+        return speech.tiny_model({"kind": "ste", "codes": 16}, feature_penalty=0.0, **changes)
+    torch.manual_seed(0)
+    sizes = {"channels": 8, "residual_channels": 6, "latent_dim": 8, "downsampling": 1, **changes}
+    return build_model(AutoencoderConfig(**sizes), STEConfig(codes=16)).train()
+
+
+def micro_batch(kind: str, step: int, number: int) -> Any:
+    """Micro-batch ``number`` of ``step``."""
+    if kind == "speech":
+        return speech.make_batch(speech.tiny_config(), SPEECH_LENGTHS[number], seed=100 * step + number)
+    generator = torch.Generator().manual_seed(100 * step + number)
+    return image_batch(torch.rand(IMAGES[number], 3, 16, 16, generator=generator))
+
+
+def image_batch(pixels: Tensor) -> ImageBatch:
+    keys = [f"image-{place}" for place in range(len(pixels))]
+    labels = torch.full((len(pixels),), -1)
+    return ImageBatch(pixels=pixels, labels=labels, keys=keys, step=0, number=0, targets=pixels.numel())
+
+
+def take_steps(kind: str, engine_options: dict[str, Any], steps: int, poison: Sequence[int] = (), **changes: Any):
+    """Called on each rank; ``poison`` steps have a loss that no scale makes finite. Returns the losses of the rank's
+    micro-batches by (step, number), pieces of weights and moments, what became of each step and the scale after it."""
+    from pipeline import collectives
+    from pipeline.training.config import EngineConfig, OptimizerConfig
+    from pipeline.training.engine import build_engine, import_deepspeed
+    from pipeline.training.engine_state import owned_pieces
+    from pipeline.training.optimizer import build_optimizer
+
+    warnings.simplefilter("ignore")
+    import_deepspeed().init_distributed("gloo", auto_mpi_discovery=False, verbose=False)
+    rank, world_size = collectives.rank(), collectives.world_size()
+    model = build(kind, **changes)
+    optimizer = build_optimizer(model, OptimizerConfig(learning_rate=1e-3, betas=(BETA, 0.999)))
+    config = EngineConfig(**engine_options)
+    engine, scale = build_engine(model, optimizer, config, STEP_MICRO_BATCHES // world_size)
+    scale.load((2.0**10, 0))  # its own first one may be too much for a step or two
+    losses, applied, scales = {}, [], [scale.value]
+    for step in range(steps):
+        targets = sum(micro_batch(kind, step, number).targets for number in range(STEP_MICRO_BATCHES))
+        for number in range(rank, STEP_MICRO_BATCHES, world_size):
+            torch.manual_seed(100 * step + number)
+            output = engine(micro_batch(kind, step, number))
+            loss = torch.stack([value.float() for value in output.losses.values()]).sum()
+            losses[step, number] = loss.item()
+            factor = world_size / targets * (float("inf") if step in poison and number == 0 else 1.0)
+            engine.backward(scale.apply(loss * factor), scale_wrt_gas=False)
+            engine.step()
+        applied.append(engine.was_step_applied())
+        scale.update(applied[-1])
+        scales.append(scale.value)
+    pieces = [(piece.name, piece.part, piece.start, piece.values.clone()) for piece in owned_pieces(engine)]
+    norm = engine.get_global_grad_norm()
+    return {
+        "losses": losses,
+        "pieces": pieces,
+        "applied": applied,
+        "scales": scales,
+        "norm": None if norm is None else float(norm),
+        "shapes": {name: getattr(found, "ds_shape", found.shape) for name, found in model.named_parameters()},
+        "buffers": {value.dtype for value in model.buffers() if value.is_floating_point()},
+    }
+
+
+def take_all(cases: list[tuple[str, dict[str, Any], int, dict[str, Any]]]) -> list[Any]:
+    """Several cases on the ranks that exist: kind, engine's options, steps, and more of :func:`take_steps`."""
+    return [take_steps(kind, options, steps, **more) for kind, options, steps, more in cases]
+
+
+def joined(results: list[dict[str, Any]], part: str) -> dict[str, Tensor]:
+    """Whole tensors of all ranks' pieces."""
+    found: dict[str, Tensor] = {}
+    for result in results:
+        for name, of_part, start, values in result["pieces"]:
+            if of_part == part:
+                whole = found.setdefault(name, torch.full((result["shapes"][name].numel(),), float("nan")))
+                whole[start : start + len(values)] = values
+    return {name: values.view(results[0]["shapes"][name]) for name, values in found.items()}
