@@ -2,6 +2,7 @@
 twice."""
 
 import functools
+import shutil
 
 import pytest
 import torch
@@ -135,3 +136,26 @@ def test_fp16_trains_as_fp32_does_and_halves_its_scale_at_an_overflow(kind, stag
     for name, expected in moments[1].items():
         difference = (moments[0][name] - expected).norm()
         assert difference <= 0.1 * expected.norm() + 1e-6, name
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler on a CPU")
+def test_compiled_blocks_train_the_same():
+    cases = [
+        ("image", {"zero_stage": stage, "compile": compiled}, 2, {}) for stage in (0, 3) for compiled in (False, True)
+    ]
+    cases.append(("image", {"zero_stage": 1, "compile": True, "activation_checkpointing": True}, 2, {}))
+    (results,) = run_ranks(take_all, 1, cases, timeout=900)
+    plain, *others = results
+    for other in others:
+        assert other["losses"] == pytest.approx(plain["losses"], rel=1e-5)
+        moments, expected = joined([other], "exp_avg"), joined([plain], "exp_avg")
+        for name, values in expected.items():
+            # Fused kernels add in another order.
+            torch.testing.assert_close(
+                moments[name],
+                values,
+                rtol=1e-3,
+                atol=1e-5 * float(values.abs().max()) + 1e-9,
+                msg=lambda text, name=name: f"{name}: {text}",
+            )
