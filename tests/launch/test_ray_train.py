@@ -7,7 +7,7 @@ import time
 
 import pytest
 
-from launch.ray_train import train_on_ray
+from launch.ray_train import LaunchError, train_on_ray
 from pipeline.training.run_folder import Run
 from pipeline.training.stop import STOP_FILE
 from recipes.schema import load_recipe
@@ -58,3 +58,10 @@ def test_a_signal_stops_the_workers_and_a_dead_one_is_replaced(ray_cluster, reci
     assert train_on_ray(recipe_file, run.path, RANKS, failures=1, use_gpu=False) is True
     assert {line["attempt"] for line in run.log()} == {1, 2, 3}
     assert run.latest_checkpoint().name == f"step-{STEPS:08d}"
+
+
+@pytest.mark.timeout(600)
+def test_what_a_worker_says_reaches_the_caller(ray_cluster, recipe_file, image_dataset, tmp_path):
+    recipe_file.write_text(recipe_file.read_text().replace(str(image_dataset), "/gone"))
+    with pytest.raises(LaunchError, match=r"rank \d: .*data set folder /gone does not exist"):
+        train_on_ray(recipe_file, tmp_path / "run", RANKS, use_gpu=False)

@@ -1,6 +1,7 @@
 """The generated job, submitted: a stand-in for Slurm (tests/launch/slurm/slurm.py) really runs it on two "nodes"."""
 
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -20,7 +21,8 @@ def _environment(tmp_path):
     folder = tmp_path / "bin"
     folder.mkdir()
     for name in ("sbatch", "srun", "scontrol"):
-        (folder / name).symlink_to(SLURM)
+        shutil.copyfile(SLURM, folder / name)
+        (folder / name).chmod(0o755)
     return os.environ | {
         # The environment of `python`, as where it is activated.
         "PATH": f"{folder}:{Path(sys.executable).parent}:{os.environ['PATH']}",
