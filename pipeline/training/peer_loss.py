@@ -53,7 +53,7 @@ def describe(error: BaseException, run: Run, timeout: int) -> str:
         "killed (for memory: dmesg); one that hangs shows where with `py-spy dump --pid`. If all are well, a step or a "
         f"checkpoint takes longer than training.collective_timeout={timeout} seconds (raise it), or they can't reach "
         "one another: name the network interface that joins the machines in GLOO_SOCKET_IFNAME (NCCL_SOCKET_IFNAME "
-        "with GPUs), and see `tessera doctor --cluster`. The same command goes on from the last checkpoint"
+        "with GPUs). The same command goes on from the last checkpoint"
     )
 
 

@@ -20,6 +20,8 @@ RESUME_ME = 75
 STOP_FILE = "stop"
 """In the run folder; stops ranks that no signal reaches, such as those in Ray's workers. The stopped run removes it."""
 _PARENT = os.getppid()
+_LAUNCHED_BY_TORCHRUN = "TORCHELASTIC_RUN_ID" in os.environ  # which alone always outlives its ranks
+_loop_entered = threading.Event()
 
 
 class Interrupted(RuntimeError):
@@ -43,12 +45,13 @@ class StopRequest:
             return self._signal_name
         if self._file is not None and self._file.exists():
             return f"the file {self._file}"
-        # Ranks that go on alone would be in the way of the run's next start. Only torchrun always outlives its ranks.
-        if "TORCHELASTIC_RUN_ID" in os.environ and os.getppid() != _PARENT:
+        # Ranks that go on alone would be in the way of the run's next start.
+        if _LAUNCHED_BY_TORCHRUN and os.getppid() != _PARENT:
             return "the end of torchrun"
         return ""
 
     def __enter__(self) -> StopRequest:
+        _loop_entered.set()
         if threading.current_thread() is threading.main_thread():
             self._before = {number: signal.signal(number, self._note) for number in SIGNALS}
         return self
@@ -64,7 +67,16 @@ class StopRequest:
 
 
 def leave_when_told(code: int) -> None:
-    """Let :data:`SIGNALS` end the process with ``code`` from here on: before the first step there is nothing to save.
-    :class:`StopRequest` takes over while it is open."""
+    """Let :data:`SIGNALS`, and the end of torchrun, end the process with ``code`` from here on: before the first step
+    there is nothing to save. :class:`StopRequest` takes over when it opens."""
     for number in SIGNALS:
         signal.signal(number, lambda *_: os._exit(code))
+    if _LAUNCHED_BY_TORCHRUN:
+        # A thread, since the main one may wait in C++ for a store that went with torchrun.
+        threading.Thread(target=_leave_with_torchrun, args=(code,), name="tessera-orphan", daemon=True).start()
+
+
+def _leave_with_torchrun(code: int) -> None:
+    while not _loop_entered.wait(1.0):
+        if os.getppid() != _PARENT:
+            os._exit(code)

@@ -75,6 +75,27 @@ def test_a_signal_before_the_first_step_says_resume_me(tmp_path):
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == RESUME_ME
 
 
+def test_ranks_that_start_leave_with_torchrun():
+    """As above, before there is a loop: the main thread waits in C for what will not come."""
+    rank = (
+        "import time\n"
+        "from pipeline.training.stop import RESUME_ME, leave_when_told\n"
+        "leave_when_told(RESUME_ME)\n"
+        "print('up', flush=True)\n"
+        "time.sleep(100)\n"
+        "print('late', flush=True)\n"
+    )
+    launcher = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {rank!r}])"
+    environment = os.environ | {"TORCHELASTIC_RUN_ID": "test"}
+    process = subprocess.Popen([sys.executable, "-c", launcher], env=environment, stdout=subprocess.PIPE, text=True)
+    try:
+        assert process.stdout.readline() == "up\n"
+    finally:
+        process.kill()
+        process.wait()
+    assert process.stdout.read() == "", "the rank's output ended before it said more"
+
+
 def test_one_training_a_folder(tmp_path):
     lock = RunLock(tmp_path)
     with pytest.raises(RunInUse, match=rf"is being trained by process {os.getpid()} on .*: wait until it is done"):
