@@ -42,7 +42,7 @@ def contrast(
 
     *Shape:* context and targets ``(masked, final_dim)``, the masked frames of all utterances one after another;
     quantized ``(masked, dim)``, by which equal targets are known; ``counts`` masked frames of each utterance; negatives
-    ``(batch, max_masked, K)`` int64, indices into the utterance's masked frames.
+    ``(batch, max_masked, K)`` of any integers, indices into the utterance's masked frames.
     """
     context = functional.normalize(context.float(), dim=-1)
     targets = functional.normalize(targets.float(), dim=-1)
@@ -57,7 +57,7 @@ def contrast(
             continue
         with torch.autocast(context.device.type, enabled=False):  # rounding to bf16 would move a logit by 0.04
             similarities = context[frames] @ targets[frames].T / temperature  # (count, count)
-        drawn = negatives[row, :count]  # (count, K)
+        drawn = negatives[row, :count].long()  # (count, K)
         equal = identity[frames][drawn] == identity[frames].unsqueeze(1)
         wrong = similarities.gather(1, drawn).masked_fill(equal, -torch.inf)
         right = similarities.diagonal()
