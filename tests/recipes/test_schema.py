@@ -65,7 +65,7 @@ def test_levels_have_the_codes_of_the_whole(tmp_path):
         (IMAGE, ["quantizer.kind=vq"], "quantizer.kind='vq': unknown kind; use identity, "),
         (IMAGE, ["quantizer.grid=[3,5]"], "grid"),
         (IMAGE, ["training.steps=0"], "training.steps=0: input should be greater than or equal to 1"),
-        (IMAGE, ["engine.precision=fp8"], "engine.precision='fp8': input should be 'fp32' or 'bf16'"),
+        (IMAGE, ["engine.precision=fp8"], "engine.precision='fp8': input should be 'fp32', 'bf16' or 'fp16'"),
         (IMAGE, ["batch.samples=null"], "batch.samples is missing: model.kind=autoencoder"),
         (IMAGE, ["batch.samples=null", "batch.seconds=10"], "batch.samples is missing"),
         (SPEECH, ["batch.samples=4", "batch.seconds=null"], "batch.seconds is missing: model.kind=wav2vec2"),
