@@ -47,7 +47,7 @@ def write_codes(
                 f"{quantizer.name}.{name} is {parameter.dtype} and its fp32 copy in the optimiser can't be found: use "
                 "torch_autocast instead of DeepSpeed's own bf16 or fp16 mode, or ZeRO 1, 2 or 3"
             )
-    with _whole(list(quantizer.parameters())):
+    with gathered(list(quantizer.parameters())):
         write()
         written = [(parameter, parameter.detach().float().clone()) for parameter in quantizer.parameters()]
     for parameter, value in written:
@@ -79,8 +79,9 @@ def _has_master(parameter: nn.Parameter) -> bool:
 
 
 @contextmanager
-def _whole(parameters: list[nn.Parameter]) -> Iterator[None]:
-    """Within the block every rank holds whole parameters; rank 0's are kept."""
+def gathered(parameters: list[nn.Parameter]) -> Iterator[None]:
+    """Within the block every rank holds whole parameters, of which rank 0's are kept; nothing changes where an engine
+    leaves them whole."""
     if not any(hasattr(parameter, "ds_id") for parameter in parameters):
         yield
         return

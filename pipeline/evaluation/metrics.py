@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
@@ -17,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from pipeline.data import ImageCollation, ShardedDataset, epoch_batches, read_manifest
+from pipeline.data.storage import write_whole
 from pipeline.evaluation.catalogue import present, shown
 from pipeline.evaluation.image import measure_images
 from pipeline.evaluation.speech import measure_speech
@@ -112,12 +112,7 @@ def write_metrics(file: Path, metrics: dict[str, Any]) -> None:
         name: None if isinstance(value, float) and not math.isfinite(value) else value
         for name, value in metrics.items()
     }
-    partial = file.with_suffix(f".{os.getpid()}.partial")
-    with partial.open("w") as stream:
-        json.dump(finite, stream, allow_nan=False)
-        stream.flush()
-        os.fsync(stream.fileno())
-    partial.rename(file)
+    write_whole(file, json.dumps(finite, allow_nan=False).encode())
 
 
 def read_metrics(run_dir: str | Path) -> dict[str, Any] | None:

@@ -7,10 +7,10 @@ from __future__ import annotations
 
 import datetime
 import math
-import os
 from collections.abc import Sequence
 from pathlib import Path
 
+from pipeline.data.storage import write_whole
 from pipeline.evaluation import page
 from pipeline.evaluation.catalogue import present, shown
 from pipeline.evaluation.figures import count_chart, line_chart, rank_chart
@@ -56,9 +56,7 @@ def write_report(runs: Sequence[str | Path] | str | Path, out: str | Path | None
             body += kind_section(name, kind, members)
     file = Path(out) if out is not None else Path(paths[0]) / "report.html"
     file.parent.mkdir(parents=True, exist_ok=True)
-    partial = file.with_name(f".{file.name}.{os.getpid()}.partial")
-    partial.write_text(page.document(f"Tessera: {title}", body), encoding="utf-8")
-    partial.rename(file)
+    write_whole(file, page.document(f"Tessera: {title}", body).encode())
     return file
 
 

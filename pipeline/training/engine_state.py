@@ -12,7 +12,6 @@ reads what any other wrote, bit for bit.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -20,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from pipeline import collectives
+from pipeline.codebooks.engine_parameters import gathered
 
 if TYPE_CHECKING:
     from deepspeed import DeepSpeedEngine
@@ -137,7 +137,7 @@ def _load_weights(module: nn.Module, source: Source) -> None:
     """Every rank its own copy; of partitioned weights rank 0 reads the whole and the engine deals them out."""
     for batch in _batches(module):
         partitioned = any(hasattr(parameter, "ds_id") for _, parameter in batch)
-        with _gathered([parameter for _, parameter in batch]) if partitioned else nullcontext():
+        with gathered([parameter for _, parameter in batch]):
             for name, parameter in batch:
                 if not partitioned or collectives.rank() == 0:
                     parameter.view(-1).copy_(_need(source, name, 0, parameter.numel()))
@@ -154,12 +154,6 @@ def _batches(module: nn.Module) -> Iterator[list[tuple[str, nn.Parameter]]]:
             batch, size = [], 0
     if batch:
         yield batch
-
-
-def _gathered(parameters: list[nn.Parameter]) -> Any:
-    from deepspeed.runtime.zero import GatheredParameters
-
-    return GatheredParameters(parameters, modifier_rank=0)
 
 
 def _need(source: Source, name: str, start: int, numel: int) -> Tensor:

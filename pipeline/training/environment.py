@@ -14,6 +14,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from pipeline import collectives
+from pipeline.data.storage import write_whole
 
 PACKAGES = (
     "tessera",
@@ -53,6 +54,4 @@ def write_environment(file: Path) -> None:
             "packages": package_versions(),
             "ranks": ranks,
         }
-        beside = file.with_suffix(".partial")
-        beside.write_text(json.dumps(values, indent=1))
-        beside.rename(file)
+        write_whole(file, json.dumps(values, indent=1).encode())

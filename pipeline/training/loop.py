@@ -15,6 +15,7 @@ import torch
 from pipeline import collectives
 from pipeline.codebooks import CodebookSync, initialise_codebooks
 from pipeline.data import SamplingPlan, build_loader, open_data
+from pipeline.data.storage import write_whole
 from pipeline.models import build_collation, build_model
 from pipeline.training.alarms import Alarms
 from pipeline.training.checkpoint import CheckpointError, find_latest, load_checkpoint, read_manifest
@@ -178,9 +179,7 @@ def claim_run_folder(run: Run, recipe: Recipe) -> None:
     collectives.barrier()
     if collectives.rank() == 0:
         run.path.mkdir(parents=True, exist_ok=True)
-        beside = run.recipe_file.with_suffix(".partial")
-        beside.write_text(recipe.to_yaml())
-        beside.rename(run.recipe_file)
+        write_whole(run.recipe_file, recipe.to_yaml().encode())
     collectives.barrier()
 
 

@@ -43,8 +43,21 @@ def test_the_stop_file_goes_when_the_run_has_saved(tmp_path):
     assert not file.exists()
 
 
+def _output_after_torchrun(rank):
+    """What the code of a rank prints from the moment on at which a process that stands for torchrun is killed; it must
+    have said that it is up. Ends with the rank."""
+    launcher = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {rank!r}])"
+    environment = os.environ | {"TORCHELASTIC_RUN_ID": "test"}
+    process = subprocess.Popen([sys.executable, "-c", launcher], env=environment, stdout=subprocess.PIPE, text=True)
+    try:
+        assert process.stdout.readline() == "up\n"
+    finally:
+        process.kill()
+        process.wait()
+    return process.stdout.read()
+
+
 def test_ranks_notice_that_torchrun_is_gone(tmp_path):
-    """The middle process stands for torchrun: it starts a rank and is killed."""
     rank = (
         "import time\n"
         "from pipeline.training.stop import StopRequest\n"
@@ -54,15 +67,7 @@ def test_ranks_notice_that_torchrun_is_gone(tmp_path):
         "    while not stop.reason and time.monotonic() < until: time.sleep(0.01)\n"
         f"open({str(tmp_path / 'reason')!r}, 'w').write(stop.reason + '.')\n"
     )
-    launcher = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {rank!r}])"
-    environment = os.environ | {"TORCHELASTIC_RUN_ID": "test"}
-    process = subprocess.Popen([sys.executable, "-c", launcher], env=environment, stdout=subprocess.PIPE, text=True)
-    try:
-        assert process.stdout.readline() == "up\n"
-    finally:
-        process.kill()
-        process.wait()
-    assert process.stdout.read() == "", "the end of the rank's output"
+    assert _output_after_torchrun(rank) == "", "the end of the rank's output"
     assert (tmp_path / "reason").read_text() == "the end of torchrun."
 
 
@@ -85,15 +90,7 @@ def test_ranks_that_start_leave_with_torchrun():
         "time.sleep(100)\n"
         "print('late', flush=True)\n"
     )
-    launcher = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {rank!r}])"
-    environment = os.environ | {"TORCHELASTIC_RUN_ID": "test"}
-    process = subprocess.Popen([sys.executable, "-c", launcher], env=environment, stdout=subprocess.PIPE, text=True)
-    try:
-        assert process.stdout.readline() == "up\n"
-    finally:
-        process.kill()
-        process.wait()
-    assert process.stdout.read() == "", "the rank's output ended before it said more"
+    assert _output_after_torchrun(rank) == "", "the rank's output ended before it said more"
 
 
 def test_one_training_a_folder(tmp_path):
