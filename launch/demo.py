@@ -27,7 +27,7 @@ SHARD_BYTES = 2**20
 MARKER = ".tessera-demo"
 """Tells a folder that a demo made, which the next one may empty, from one that it must leave alone."""
 SAMPLES = Path(__file__).parent.parent / "tests" / "data"
-SPEECH_RECIPE = "speech/wav2vec2_tiny_knn"
+SPEECH_RECIPE = "speech/wav2vec2_tiny"
 IMAGE_RECIPE = "image/autoencoder_tiny_ksom"
 
 

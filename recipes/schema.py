@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, get_args
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, model_validator
 
 from pipeline.data.config import BatchConfig, DataConfig, MixedData
 from pipeline.models.config import ModelConfig
@@ -139,9 +139,11 @@ class Recipe(BaseModel):
 def load_recipe(path: str | Path, overrides: Iterable[str] | Mapping[str, Any] = ()) -> Recipe:
     """Read and validate a recipe.
 
-    ``path`` is a YAML file, or the name of a bundled recipe such as ``speech/wav2vec2_tiny_knn``. ``overrides`` are
+    ``path`` is a YAML file, or the name of a bundled recipe such as ``speech/wav2vec2_tiny``. ``overrides`` are
     dotted: ``["quantizer.kind=ksom", "quantizer.grid=[32,16]"]`` or the same as a mapping. Changing ``quantizer.kind``
-    or ``model.kind`` drops the options of the old kind that the new one does not have.
+    or ``model.kind`` drops the options of the old kind that the new one does not have or takes no such value of, and
+    ``dim``. ``quantizer.kind`` is set first, and with it what the file's section ``variants`` has for that kind, a
+    mapping of dotted keys.
 
     Raises :class:`RecipeError` for a missing file, bad YAML, an unknown key or an impossible value, all of them at
     once.
@@ -153,10 +155,27 @@ def load_recipe(path: str | Path, overrides: Iterable[str] | Mapping[str, Any] =
         raise RecipeError(f"{file} is not YAML: {error}") from error
     if not isinstance(values, dict):
         raise RecipeError(f"{file} holds a {type(values).__name__}: a recipe is a mapping of keys to values")
-    assignments = overrides.items() if isinstance(overrides, Mapping) else map(parse_override, overrides)
+    variants = _take_variants(values, file)
+    assignments = list(overrides.items() if isinstance(overrides, Mapping) else map(parse_override, overrides))
+    kinds = [value for key, value in assignments if key == "quantizer.kind"]
+    for kind in kinds[-1:]:
+        assignments = [("quantizer.kind", kind), *variants.get(str(kind), {}).items(), *assignments]
     for key, value in assignments:
-        _assign(values, key, value)
+        if key != "quantizer.kind" or value == kinds[-1]:
+            _assign(values, key, value)
     return parse_recipe(values, source=str(path))
+
+
+def _take_variants(values: dict[str, Any], file: Path) -> dict[str, dict[str, Any]]:
+    """Remove the section ``variants``: what else changes with ``quantizer.kind=KIND``, by kind."""
+    variants = values.pop("variants", {})
+    for kind, changes in variants.items():
+        if kind not in KINDS or not isinstance(changes, dict):
+            raise RecipeError(
+                f"{file}: variants.{kind}={changes!r} is no variant: use a kind of quantizer ({', '.join(KINDS)}) and "
+                "dotted keys with their values, such as ema: {codebooks.initialise: kmeans}"
+            )
+    return variants
 
 
 def parse_recipe(values: Mapping[str, Any], source: str = "recipe") -> Recipe:
@@ -228,8 +247,8 @@ def _assign(values: dict[str, Any], key: str, value: Any) -> None:
             raise RecipeError(f"override {key}={value}: {parent} holds {below!r}, which has no keys below it")
         section = below
     if last == "kind" and section.get("kind") not in (None, value):
-        keep = _fields_of_kind(".".join(parents), value)
-        for name in [name for name in section if keep is not None and name not in keep]:
+        config = _kinds(".".join(parents)).get(value)
+        for name in [name for name in section if config is not None and not _carries_over(config, name, section[name])]:
             del section[name]
     section[last] = value
 
@@ -243,9 +262,16 @@ def _kinds(section: str) -> dict[str, type[BaseModel]]:
     return {get_args(member.model_fields["kind"].annotation)[0]: member for member in members}
 
 
-def _fields_of_kind(section: str, kind: str) -> set[str] | None:
-    config = _kinds(section).get(kind)
-    return None if config is None else set(config.model_fields)
+def _carries_over(config: type[BaseModel], name: str, value: Any) -> bool:
+    """Whether another kind's option means something in ``config`` too; the size of vectors is each kind's own."""
+    field = config.model_fields.get(name)
+    if field is None or name == "dim":
+        return False
+    try:
+        TypeAdapter[Any](field.annotation or Any).validate_python(value)
+    except ValidationError:  # a temperature that falls is three numbers
+        return False
+    return True
 
 
 def _explain(problem: Mapping[str, Any], values: Mapping[str, Any]) -> str:

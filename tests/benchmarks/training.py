@@ -29,7 +29,7 @@ from typing import Any
 
 from tests.distributed.harness import run_ranks
 
-RECIPES = {"image": "image/autoencoder_tiny_ksom", "speech": "speech/wav2vec2_tiny_knn"}
+RECIPES = {"image": "image/autoencoder_tiny_ksom", "speech": "speech/wav2vec2_tiny"}
 STAGES = (0, 1, 2)
 STEPS_A_LINE = 10
 LINES = 4  # of a turn; the first is not counted

@@ -13,4 +13,4 @@ from tests.conftest import SPEECH, train
 def small_speech_run(speech_dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The tiny speech recipe with two groups of codes."""
     run = tmp_path_factory.mktemp("runs") / "speech"
-    return train("speech/wav2vec2_tiny_knn", speech_dataset, run, 2, *SPEECH, "quantizer.groups=2")
+    return train("speech/wav2vec2_tiny", speech_dataset, run, 2, *SPEECH, "quantizer.groups=2")

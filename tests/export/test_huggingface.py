@@ -19,7 +19,7 @@ LAYOUTS = {
 
 def recipe_of(config, normalise=True) -> Recipe:
     """The tiny recipe around another model."""
-    recipe = load_recipe("speech/wav2vec2_tiny_knn")
+    recipe = load_recipe("speech/wav2vec2_tiny")
     data = recipe.data.model_copy(update={"normalise": normalise})
     return recipe.model_copy(update={"model": config, "data": data})
 

@@ -100,7 +100,7 @@ def test_affine_codes_are_written_as_they_are_compared(tmp_path):
     model = tiny_model({"kind": "affine", "codes": 8, "affine": "running"})
     model(make_batch(model.config))
     CodebookSync(model).step()
-    write_codebook(model, load_recipe("speech/wav2vec2_tiny_knn"), tmp_path)
+    write_codebook(model, load_recipe("speech/wav2vec2_tiny"), tmp_path)
     codes = load_file(tmp_path / "codebook.safetensors")["codes"]
     assert torch.equal(codes, model.quantizer.codebook())
     assert not torch.allclose(codes, model.quantizer.code_vectors().detach())
@@ -119,7 +119,7 @@ def test_a_written_quantizer_comes_back(options, tmp_path):
     model = tiny_model(options)
     model(make_batch(model.config))
     CodebookSync(model).step()
-    write_codebook(model, load_recipe("speech/wav2vec2_tiny_knn"), tmp_path)
+    write_codebook(model, load_recipe("speech/wav2vec2_tiny"), tmp_path)
     quantizer, expected = load_quantizer(tmp_path), model.quantizer.eval()
     latents = torch.randn(50, expected.input_dim)
     codes = expected.encode(latents)

@@ -57,7 +57,7 @@ def test_every_command_has_help(command):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["plan", "speech/wav2vec2_tiny_kn"], "did you mean speech/wav2vec2_tiny_knn?"),
+        (["plan", "speech/wav2vec2_tin"], "did you mean speech/wav2vec2_tiny?"),
         (["plan", IMAGE, "quantizer.cods=8"], "did you mean codes?"),
         (
             ["train", IMAGE, "--run", "never-made"],

@@ -15,7 +15,7 @@ OVERRIDES = ["data.path=/data/my speech", "batch.micro_batches=8"]
 
 
 def test_sbatch_script_is_bash_and_carries_every_argument(tmp_path):
-    script = files.sbatch_script("tiny", "speech/wav2vec2_tiny_knn", OVERRIDES, tmp_path / "run", 2, 4, "12:00:00")
+    script = files.sbatch_script("tiny", "speech/wav2vec2_tiny", OVERRIDES, tmp_path / "run", 2, 4, "12:00:00")
     file = tmp_path / "job.sbatch"
     file.write_text(script)
     subprocess.run(["bash", "-n", str(file)], check=True)
@@ -27,12 +27,12 @@ def test_sbatch_script_is_bash_and_carries_every_argument(tmp_path):
     assert "#SBATCH --signal=USR1@300" in directives, "not B: the ranks are to hear it"
     [command] = [line for line in script.splitlines() if "-m pipeline.training" in line]
     command = command[command.index("-m pipeline.training") :]
-    assert shlex.split(command)[2:] == ["speech/wav2vec2_tiny_knn", *OVERRIDES, "--run-dir", str(tmp_path / "run")]
+    assert shlex.split(command)[2:] == ["speech/wav2vec2_tiny", *OVERRIDES, "--run-dir", str(tmp_path / "run")]
 
 
 def test_ray_job_runs_the_same_launch_on_its_cluster(tmp_path):
     text = files.ray_job_manifest(
-        "Tiny_KNN", "speech/wav2vec2_tiny_knn", OVERRIDES, tmp_path / "run", 2, 4, 3, "lab/tessera:1"
+        "Tiny_KNN", "speech/wav2vec2_tiny", OVERRIDES, tmp_path / "run", 2, 4, 3, "lab/tessera:1"
     )
     manifest = yaml.safe_load(text)
     assert (manifest["apiVersion"], manifest["kind"]) == ("ray.io/v1", "RayJob")
@@ -43,21 +43,21 @@ def test_ray_job_runs_the_same_launch_on_its_cluster(tmp_path):
     assert container["image"] == "lab/tessera:1"
     assert container["resources"]["limits"]["nvidia.com/gpu"] == "4"
     words = shlex.split(manifest["spec"]["entrypoint"])
-    assert words[:3] == ["tessera", "launch", "speech/wav2vec2_tiny_knn"]
+    assert words[:3] == ["tessera", "launch", "speech/wav2vec2_tiny"]
     assert set(OVERRIDES) < set(words)
 
 
 def test_ray_job_is_what_kuberay_takes(tmp_path):
     """By the field names, types and requirements of its custom resource; a field it does not know it would drop."""
     schema = json.loads((Path(__file__).parent / "rayjob.schema.json").read_text())
-    text = files.ray_job_manifest("tiny", "speech/wav2vec2_tiny_knn", OVERRIDES, tmp_path / "run", 2, 4, 3, "lab/t:1")
+    text = files.ray_job_manifest("tiny", "speech/wav2vec2_tiny", OVERRIDES, tmp_path / "run", 2, 4, 3, "lab/t:1")
     manifest = yaml.safe_load(text)
     jsonschema.validate(manifest, schema)
     manifest["spec"]["rayClusterSpec"]["workerGroupSpecs"][0]["replica"] = 2
     with pytest.raises(jsonschema.ValidationError, match="'replica' was unexpected"):
         jsonschema.validate(manifest, schema)
     with pytest.raises(ValueError, match="--run runs/a is relative"):
-        files.ray_job_manifest("tiny", "speech/wav2vec2_tiny_knn", [], Path("runs/a"), 1, 1, 0, "lab/t:1")
+        files.ray_job_manifest("tiny", "speech/wav2vec2_tiny", [], Path("runs/a"), 1, 1, 0, "lab/t:1")
 
 
 def test_deepspeed_takes_the_hostfile_command(tmp_path):
@@ -66,12 +66,12 @@ def test_deepspeed_takes_the_hostfile_command(tmp_path):
 
     hosts = tmp_path / "hosts"
     hosts.write_text("node-a slots=4\nnode-b slots=4\n")
-    command = files.deepspeed_command(hosts, "speech/wav2vec2_tiny_knn", OVERRIDES, tmp_path / "run", 2, 4)
+    command = files.deepspeed_command(hosts, "speech/wav2vec2_tiny", OVERRIDES, tmp_path / "run", 2, 4)
     arguments = runner.parse_args(command[1:])
     assert (arguments.num_nodes, arguments.num_gpus, arguments.module) == (2, 4, True)
     assert dict(runner.fetch_hostfile(arguments.hostfile)) == {"node-a": 4, "node-b": 4}
     assert arguments.user_script == "pipeline.training"
-    assert arguments.user_args == ["speech/wav2vec2_tiny_knn", *OVERRIDES, "--run-dir", str(tmp_path / "run")]
+    assert arguments.user_args == ["speech/wav2vec2_tiny", *OVERRIDES, "--run-dir", str(tmp_path / "run")]
 
 
 def test_hostfile_is_checked_line_by_line(tmp_path):

@@ -79,7 +79,7 @@ def test_the_defaults_are_wav2vec2_base():
 
 def test_collation_follows_the_recipes_model():
     assert isinstance(build_collation(load_recipe("image/autoencoder_tiny_ksom")), ImageCollation)
-    speech = load_recipe("speech/wav2vec2_tiny_knn")
+    speech = load_recipe("speech/wav2vec2_tiny")
     collation = build_collation(speech)
     assert isinstance(collation, SpeechCollation)
     assert collation.conv_layers == list(speech.model.conv_layers)

@@ -33,7 +33,7 @@ OVERRIDES = [
 
 def train(dataset, run, ranks, zero_stage):
     overrides = [f"data.path={dataset}", f"engine.zero_stage={zero_stage}", *OVERRIDES]
-    command = local_command("speech/wav2vec2_tiny_knn", overrides, run, ranks)
+    command = local_command("speech/wav2vec2_tiny", overrides, run, ranks)
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, (done.stdout + done.stderr)[-4000:]

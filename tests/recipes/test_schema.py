@@ -6,7 +6,7 @@ import yaml
 from recipes.schema import RECIPE_FOLDER, RecipeError, changed_keys, load_recipe, parse_override, parse_recipe
 
 BUNDLED = sorted(str(file.relative_to(RECIPE_FOLDER)) for file in RECIPE_FOLDER.glob("*/*.yaml"))
-SPEECH = "speech/wav2vec2_tiny_knn"
+SPEECH = "speech/wav2vec2_tiny"
 IMAGE = "image/autoencoder_tiny_ksom"
 
 
@@ -17,8 +17,8 @@ def test_every_bundled_recipe_is_valid_and_survives_writing(name):
 
 
 def test_bundled_recipes_are_found_by_name_path_and_stem():
-    expected = load_recipe(RECIPE_FOLDER / "speech" / "wav2vec2_tiny_knn.yaml")
-    for name in (SPEECH, "wav2vec2_tiny_knn", "recipes/speech/wav2vec2_tiny_knn.yaml"):
+    expected = load_recipe(RECIPE_FOLDER / "speech" / "wav2vec2_tiny.yaml")
+    for name in (SPEECH, "wav2vec2_tiny", "recipes/speech/wav2vec2_tiny.yaml"):
         assert load_recipe(name) == expected
 
 
@@ -33,6 +33,35 @@ def test_another_quantizer_kind_drops_the_old_kinds_options():
     assert recipe.quantizer.kind == "ema"
     assert recipe.quantizer.codes == load_recipe(IMAGE).quantizer.codes
     assert not hasattr(recipe.quantizer, "grid")
+
+
+def test_an_option_whose_values_are_others_is_dropped():
+    """Gumbel's temperature falls, knn_simplex has one number; the size of vectors is each kind's own."""
+    recipe = load_recipe("speech/wav2vec2_base", ["quantizer.kind=knn_simplex"])
+    assert (recipe.quantizer.temperature, recipe.quantizer.dim) == (1.0, None)
+    assert (recipe.quantizer.codes, recipe.quantizer.groups) == (320, 2)
+    assert load_recipe(IMAGE, ["quantizer.normalise=l2", "quantizer.kind=ste"]).quantizer.normalise == "l2"
+
+
+def test_a_variant_is_set_before_other_overrides_wherever_its_kind_stands():
+    for overrides in (
+        ["quantizer.kind=ema", "codebooks.initialise=none"],
+        ["codebooks.initialise=none", "quantizer.kind=ema"],
+    ):
+        recipe = load_recipe(SPEECH, overrides)
+        assert (recipe.quantizer.replace_after, recipe.codebooks.initialise) == (20, "none")
+    assert load_recipe(SPEECH).codebooks.initialise == "none"
+
+
+def test_a_wrong_variant_is_refused(tmp_path):
+    file = tmp_path / "recipe.yaml"
+    text = load_recipe(IMAGE).to_yaml()
+    file.write_text(text + "variants: {emma: {quantizer.decay: 0.5}}\n")
+    with pytest.raises(RecipeError, match=r"variants\.emma=.* is no variant: use a kind of quantizer \(identity, ema"):
+        load_recipe(file)
+    file.write_text(text + "variants: {ema: {quantizer.dekay: 0.5}}\n")
+    with pytest.raises(RecipeError, match=r"quantizer\.dekay=0\.5: unknown key; did you mean decay"):
+        load_recipe(file, ["quantizer.kind=ema"])
 
 
 def test_another_kind_of_level_drops_the_old_kinds_options():

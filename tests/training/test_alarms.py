@@ -148,7 +148,7 @@ def speech_with_two_codes(speech_dataset, tmp_path_factory):
         f"training.steps={steps}",
         "training.log_every=1",
     ]
-    command = [sys.executable, "-m", "pipeline.training", "speech/wav2vec2_tiny_knn", *overrides]
+    command = [sys.executable, "-m", "pipeline.training", "speech/wav2vec2_tiny", *overrides]
     done = subprocess.run(
         [*command, "--profile", "--run-dir", str(run)],
         env=os.environ | {"OMP_NUM_THREADS": "1"},
