@@ -15,8 +15,9 @@ from typing import Any, get_args
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, model_validator
 
-from pipeline.data.config import BatchConfig, DataConfig, MixedData
-from pipeline.models.config import ModelConfig
+from pipeline.data.config import LENGTH_BIN, SAMPLE_RATE, BatchConfig, DataConfig, MixedData
+from pipeline.data.masking import MINIMUM_FRAMES, samples_for
+from pipeline.models.config import ModelConfig, Wav2Vec2Config
 from pipeline.quantizers import Quantizer, QuantizerConfig
 from pipeline.quantizers.registry import KINDS
 from pipeline.quantizers.residual import LEVEL_KINDS, LevelConfig
@@ -65,6 +66,14 @@ class Recipe(BaseModel):
                 f"batch.{other}={getattr(self.batch, other)} means nothing for model.kind={self.model.kind}: "
                 f"use batch.{wanted}"
             )
+        if isinstance(self.model, Wav2Vec2Config):
+            needed = samples_for(MINIMUM_FRAMES, self.model.conv_layers)
+            if self.data.min_samples < needed:
+                enough = -(-needed // LENGTH_BIN) * LENGTH_BIN / SAMPLE_RATE
+                raise ValueError(
+                    f"data.min_seconds={self.data.min_seconds:g}: model.conv_layers make fewer than {MINIMUM_FRAMES} "
+                    f"frames of that, too few to mask: use {enough:g} or more"
+                )
         settable = [
             kind for kind, (_, quantizer) in KINDS.items() if quantizer.set_codebook is not Quantizer.set_codebook
         ]

@@ -20,7 +20,7 @@ from pipeline.data.config import SAMPLE_RATE, DataConfig
 from pipeline.data.dataset import Member
 from pipeline.data.image import decode_image, view_image
 from pipeline.data.index import ShardError
-from pipeline.data.masking import MaskingConfig, conv_frames, draw_negatives, span_mask
+from pipeline.data.masking import MaskingConfig, batch_masks, conv_frames, draw_negatives
 from pipeline.data.mixing import Data
 from pipeline.data.plan import SampleReference
 from pipeline.data.randomness import sample_generator
@@ -108,9 +108,9 @@ class SpeechCollation:
         mask = _empty((len(members), self.frames(max(lengths))), torch.bool).zero_()
         generators = [self._generator(reference, "mask") for reference in references]
         masked = []
-        for row, generator, frames in zip(mask.numpy(), generators, frame_lengths, strict=True):
-            row[:frames] = span_mask(frames, self.masking, generator)
-            masked.append(int(np.count_nonzero(row)))
+        for row, of_clip in zip(mask.numpy(), batch_masks(frame_lengths, self.masking, generators), strict=True):
+            row[: len(of_clip)] = of_clip
+            masked.append(int(np.count_nonzero(of_clip)))
         # Most of what a batch holds beside sound: int64 would take longer to write than to draw.
         word = torch.int16 if max(masked) <= 1 << 15 else torch.int32
         negatives = _empty((len(members), max(masked), self.masking.negatives), word)

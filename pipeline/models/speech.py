@@ -18,6 +18,7 @@ from fairseq2.nn import BatchLayout
 from torch import Tensor, nn
 
 from pipeline.data.collation import SpeechBatch
+from pipeline.data.masking import samples_for
 from pipeline.models.base import StepOutput, quantizer_losses, quantizer_metrics
 from pipeline.models.config import Wav2Vec2Config
 from pipeline.models.contrastive import contrast
@@ -73,8 +74,10 @@ class Wav2Vec2Pretraining(nn.Module):
         )
         losses = {"contrastive": found.loss} | quantizer_losses(output, batch.targets)
         if self.config.feature_penalty:
-            penalty = mean_square_of_frames(raw, batch.frame_lengths)
-            losses["feature_penalty"] = self.config.feature_penalty * penalty * batch.targets
+            # A sum over targets of their clip's mean, so that it does not depend on which clips share a micro-batch;
+            # of clips of one length with equally many targets it is the mean over all that fairseq takes.
+            squares = mean_squares_of_clips(raw, batch.frame_lengths)
+            losses["feature_penalty"] = self.config.feature_penalty * (squares * batch.mask.sum(dim=1)).sum()
         masked = torch.tensor(batch.targets, device=found.loss.device)
         metrics = {
             "accuracy": (found.correct, found.valid_targets),
@@ -101,10 +104,18 @@ class Wav2Vec2Pretraining(nn.Module):
 
     def _features(self, waveforms: Tensor, lengths: Tensor) -> tuple[Tensor, BatchLayout, Tensor]:
         """Layer-normed features ``(batch, frames, feature_dim)``, their layout, and the features as they left the
-        convolutions.
+        convolutions. Raises ValueError for a clip of which they can't make one.
         """
+        samples = lengths.tolist()
+        field = samples_for(1, self.config.conv_layers)
+        short = [count for count in samples if count < field]
+        if short:
+            raise ValueError(
+                f"{len(short)} of {len(samples)} clips have fewer audio samples, {min(short)} for one, than the {field} "
+                "of a frame of model.conv_layers: leave them out, as data.min_seconds does"
+            )
         waveforms = waveforms.to(self.mask_embedding.dtype)
-        layout = BatchLayout.of(waveforms, seq_lens=lengths.tolist())
+        layout = BatchLayout.of(waveforms, seq_lens=samples)
         return self.frontend.extract_features(waveforms, layout)
 
     def _encode(self, features: Tensor, layout: BatchLayout, mask: Tensor | None) -> Tensor:
@@ -120,10 +131,12 @@ class Wav2Vec2Pretraining(nn.Module):
         return self.encoder(frames, layout)
 
 
-def mean_square_of_frames(features: Tensor, frame_lengths: Tensor) -> Tensor:
-    """Mean of the squared features of real frames, fp32: features ``(batch, frames, dim)``, lengths ``(batch,)``."""
+def mean_squares_of_clips(features: Tensor, frame_lengths: Tensor) -> Tensor:
+    """Mean of the squared features of each clip's real frames: features ``(batch, frames, dim)``, lengths ``(batch,)``
+    → fp32 ``(batch,)``."""
     real = torch.arange(features.shape[1], device=features.device) < frame_lengths.unsqueeze(1)
-    return features[real].float().square().mean()
+    of_frames = features.float().square().mean(dim=2).masked_fill(~real, 0.0)
+    return of_frames.sum(dim=1) / frame_lengths
 
 
 def fairseq2_config(config: Wav2Vec2Config) -> Fairseq2Config:

@@ -77,3 +77,21 @@ def make_batch(config: Wav2Vec2Config, lengths: Sequence[int] = LENGTHS, seed: i
         targets=int(mask.sum()),
         seconds=sum(lengths) / SAMPLE_RATE,
     )
+
+
+def join_batches(parts: Sequence[SpeechBatch]) -> SpeechBatch:
+    """One micro-batch of the clips of several, all of one length."""
+    most = max(part.negatives.shape[1] for part in parts)
+    negatives = [torch.nn.functional.pad(part.negatives, (0, 0, 0, most - part.negatives.shape[1])) for part in parts]
+    return SpeechBatch(
+        waveforms=torch.cat([part.waveforms for part in parts]),
+        lengths=torch.cat([part.lengths for part in parts]),
+        mask=torch.cat([part.mask for part in parts]),
+        frame_lengths=torch.cat([part.frame_lengths for part in parts]),
+        negatives=torch.cat(negatives),
+        keys=[key for part in parts for key in part.keys],
+        step=0,
+        number=0,
+        targets=sum(part.targets for part in parts),
+        seconds=sum(part.seconds for part in parts),
+    )

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from pipeline.codebooks import CodebookSync
+from pipeline.data.audio import normalise_
 from pipeline.models import build_model
 from pipeline.quantizers.registry import KINDS as QUANTIZERS
 from recipes.schema import load_recipe
@@ -92,8 +93,9 @@ def test_losses_and_metrics_are_sums_over_targets():
         output.losses["quantizer_commitment"], output.quantizer.losses["commitment"] * batch.targets
     )
     _, _, raw = model._features(batch.waveforms, batch.lengths)
-    rows = [raw[row, :frames] for row, frames in enumerate(batch.frame_lengths.tolist())]
-    torch.testing.assert_close(output.losses["feature_penalty"], 3.0 * torch.cat(rows).square().mean() * batch.targets)
+    of_clips = [raw[row, :frames].square().mean() for row, frames in enumerate(batch.frame_lengths.tolist())]
+    penalty = sum(3.0 * mean * int(batch.mask[row].sum()) for row, mean in enumerate(of_clips))
+    torch.testing.assert_close(output.losses["feature_penalty"], penalty)
     _, masked = output.metrics["valid_targets"]
     assert int(masked) == batch.targets
     assert not any(tensor.requires_grad for pair in output.metrics.values() for tensor in pair)
@@ -102,7 +104,7 @@ def test_losses_and_metrics_are_sums_over_targets():
 def test_clips_alone_add_up_to_the_batch():
     """Layer-normed convolutions make a clip independent of its neighbours: the sum of three forwards is the joint one,
     in losses, in metrics and in gradients. This is what lets any number of ranks train the same model."""
-    options = {"conv_norm": "layer", "norm_order": "pre", "feature_penalty": 0.0}
+    options = {"conv_norm": "layer", "norm_order": "pre", "feature_penalty": 5.0}
     together, alone = tiny_model(**options), tiny_model(**options)
     output = together(make_batch(together.config))
     total(output).backward()
@@ -187,6 +189,89 @@ def test_dropout_is_torchs_generator_alone():
         torch.manual_seed(seed)
         losses.append(total(model(batch)).item())
     assert losses[0] == losses[1] != losses[2]
+
+
+def hard_clips(config):
+    """Noise, silence, a constant and a clip driven to the limits, normalised as the loader does or not."""
+    batch = make_batch(config, [20_000] * 4)
+    batch.waveforms[1] = 0.0
+    batch.waveforms[2] = 0.25
+    batch.waveforms[3] = torch.sign(torch.sin(torch.arange(20_000) * 0.05))
+    return batch
+
+
+@pytest.mark.parametrize("conv_norm", ["group", "layer"])
+@pytest.mark.parametrize("normalised", [False, True])
+@pytest.mark.parametrize("kind", ["knn_simplex", "gumbel", "ema"])
+def test_silence_and_clipping_train_without_nan(kind, normalised, conv_norm):
+    model = tiny_model(KINDS[kind], conv_norm=conv_norm)
+    batch = hard_clips(model.config)
+    if normalised:
+        for waveform in batch.waveforms:
+            normalise_(waveform.numpy())
+        assert not batch.waveforms[1].any()
+    output = model(batch)
+    loss = total(output) / batch.targets
+    loss.backward()
+    assert torch.isfinite(loss)
+    assert all(torch.isfinite(parameter.grad).all() for parameter in model.parameters())
+    CodebookSync(model).step()
+    assert torch.isfinite(model.quantizer.codebook()).all()
+
+
+def test_silence_is_no_success():
+    """Its frames are alike: none can be told from another, so none counts, where fairseq would count all as right."""
+    model = tiny_model({"kind": "ema", "codes": 16}, conv_norm="layer").eval()
+    batch = hard_clips(model.config)
+    output = model(batch)
+    counts = batch.mask.sum(dim=1)
+    codes = output.quantizer.codes.split(counts.tolist())
+    assert len(codes[1].unique()) == 1
+    valid, masked = output.metrics["valid_targets"]
+    assert int(masked) == batch.targets
+    assert int(valid) <= batch.targets - int(counts[1])
+    correct, asked = output.metrics["accuracy"]
+    assert int(correct) <= int(asked) == int(valid)
+
+
+def test_clips_shorter_than_a_frame_are_refused():
+    model = tiny_model()
+    batch = make_batch(model.config)
+    batch.lengths[1] = 399
+    with pytest.raises(ValueError, match=r"1 of 3 clips have fewer audio samples, 399 for one, than the 400"):
+        model(batch)
+    with pytest.raises(ValueError, match=r"leave them out, as data\.min_seconds does"):
+        model.extract(batch.waveforms, batch.lengths)
+
+
+def test_bf16_leaves_objective_penalty_and_codes_in_fp32():
+    """Autocast is for the encoder: what is compared, squared and counted is not rounded to bf16."""
+    model = tiny_model(KINDS["ema"])
+    batch = make_batch(model.config)
+    seen = {}
+    model.quantizer.register_forward_hook(lambda _, inputs, output: seen.update(latents=inputs[0], output=output))
+    with torch.autocast("cpu", torch.bfloat16):
+        _, _, raw = model._features(batch.waveforms, batch.lengths)
+        output = model(batch)
+    assert raw.dtype == torch.bfloat16
+    assert {name: loss.dtype for name, loss in output.losses.items()} == dict.fromkeys(output.losses, torch.float32)
+    of_clips = [raw[row, :frames].float().square().mean() for row, frames in enumerate(batch.frame_lengths.tolist())]
+    penalty = sum(10.0 * mean * int(batch.mask[row].sum()) for row, mean in enumerate(of_clips))
+    torch.testing.assert_close(output.losses["feature_penalty"], penalty, rtol=1e-5, atol=0)
+    assert seen["output"].losses["commitment"].dtype == torch.float32
+    nearest = torch.cdist(seen["latents"].float(), model.quantizer.codebook()[0]).argmin(dim=1)
+    assert torch.equal(seen["output"].codes[:, 0], nearest)
+
+
+@pytest.mark.parametrize("scale", [1.0, 0.1])
+def test_the_extractors_gradient_is_scaled_and_no_other(scale):
+    plain, scaled = tiny_model(), tiny_model(feature_gradient_scale=scale)
+    batch = make_batch(plain.config)
+    total(plain(batch)).backward()
+    total(scaled(batch)).backward()
+    for (name, parameter), other in zip(plain.named_parameters(), scaled.parameters(), strict=True):
+        factor = scale if name.startswith("frontend.feature_extractor") else 1.0
+        torch.testing.assert_close(other.grad, factor * parameter.grad, rtol=1e-4, atol=1e-6, msg=name)
 
 
 def test_a_mask_of_other_convolutions_is_refused():

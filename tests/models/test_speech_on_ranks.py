@@ -1,5 +1,7 @@
-"""The speech encoder under DeepSpeed on gloo: any number of ranks and either ZeRO stage train the same weights."""
+"""The speech encoder under DeepSpeed on gloo: any number of ranks and either ZeRO stage train the same weights, and the
+gradients are those of one process, with the terms that are not linear in frames, penalty and diversity, among them."""
 
+import functools
 import os
 import subprocess
 
@@ -7,8 +9,12 @@ import pytest
 import torch
 
 from launch.local import local_command
+from pipeline.quantizers import gumbel
 from pipeline.training.checkpoint import read_weights
 from pipeline.training.run_folder import Run
+from tests.distributed.harness import run_ranks
+from tests.models import speech
+from tests.training.engine_steps import BETA, STEP_MICRO_BATCHES, build, joined, micro_batch, take_all
 
 OVERRIDES = [
     "batch.micro_batches=4",
@@ -59,3 +65,66 @@ def test_ranks_and_zero_stages_train_the_same_weights(speech_dataset, tmp_path):
                 rtol=1e-3,
                 msg=lambda text, where=f"{run.path.name} {name}": f"{where}: {text}",
             )
+
+
+@functools.cache
+def gradients_on(ranks):
+    """Of the first step, by quantizer; ZeRO 2."""
+    kinds = ["gumbel", "gumbel, joined"]
+    cases = [(kind, {"zero_stage": 2, "gradient_clipping": 0}, 1, {}) for kind in kinds]
+    runs = run_ranks(take_all, ranks, cases, timeout=280)
+    return {
+        kind: {name: moment / (1 - BETA) for name, moment in joined([run[number] for run in runs], "exp_avg").items()}
+        for number, kind in enumerate(kinds)
+    }
+
+
+def assert_gradients(actual, expected):
+    for name, gradient in expected.items():
+        torch.testing.assert_close(
+            actual[name],
+            gradient,
+            rtol=1e-4,
+            atol=2e-6 * float(gradient.abs().max()) + 1e-9,
+            msg=lambda text, name=name: f"{name}: {text}",
+        )
+
+
+def backward(model, batch, targets):
+    output = model(batch)
+    assert all(output.losses[name] > 0 for name in ("contrastive", "feature_penalty", "quantizer_diversity"))
+    (sum(output.losses.values()) / targets).backward()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("ranks", [1, 2, 4])
+def test_gradients_with_penalty_and_diversity_are_those_of_one_process(ranks):
+    """The diversity is a micro-batch's, whoever computes it: one process that takes the step's four after another."""
+    parts = [micro_batch("gumbel", 0, number) for number in range(STEP_MICRO_BATCHES)]
+    model = build("gumbel")
+    for part, number in zip(parts, range(STEP_MICRO_BATCHES), strict=True):
+        torch.manual_seed(number)
+        backward(model, part, sum(part.targets for part in parts))
+    assert_gradients(gradients_on(ranks)["gumbel"], {name: each.grad for name, each in model.named_parameters()})
+
+
+@pytest.mark.slow
+def test_joined_diversity_is_that_of_one_forward_of_all_clips(monkeypatch):
+    """With scope=global and a micro-batch a rank: penalty and contrast are sums over clips anyway."""
+    parts = [micro_batch("gumbel", 0, number) for number in range(STEP_MICRO_BATCHES)]
+    batch, draw = speech.join_batches(parts), gumbel.gumbel_noise
+
+    def noise_of_parts(logits):  # each rank's own
+        drawn = []
+        for number, of_part in enumerate(logits.split([part.targets for part in parts])):
+            torch.manual_seed(number)
+            drawn.append(draw(of_part))
+        return torch.cat(drawn)
+
+    monkeypatch.setattr(gumbel, "gumbel_noise", noise_of_parts)
+    model = build("gumbel, joined")
+    backward(model, batch, batch.targets)
+    expected = {name: each.grad for name, each in model.named_parameters()}
+    assert_gradients(gradients_on(4)["gumbel, joined"], expected)
+    with pytest.raises(AssertionError, match=r"quantizer\.head\.weight"):
+        assert_gradients(gradients_on(4)["gumbel"], {"quantizer.head.weight": expected["quantizer.head.weight"]})

@@ -98,6 +98,11 @@ def test_levels_have_the_codes_of_the_whole(tmp_path):
         (IMAGE, ["batch.samples=null"], "batch.samples is missing: model.kind=autoencoder"),
         (IMAGE, ["batch.samples=null", "batch.seconds=10"], "batch.samples is missing"),
         (SPEECH, ["batch.samples=4", "batch.seconds=null"], "batch.seconds is missing: model.kind=wav2vec2"),
+        (
+            SPEECH,
+            ["data.min_seconds=0.1", "model.conv_layers=[[64, 10, 5], [64, 8, 8], [64, 4, 4], [64, 4, 4]]"],
+            "model.conv_layers make fewer than 4 frames of that, too few to mask: use 0.2 or more",
+        ),
         (IMAGE, ["schedule.warmup_steps=100000"], "outlast training.steps="),
         (IMAGE, ["schedule.hold_steps=5"], "hold_steps=5 means nothing for kind="),
         (

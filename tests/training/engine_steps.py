@@ -18,17 +18,23 @@ STEP_MICRO_BATCHES = 4
 SPEECH_LENGTHS = [(9_000, 9_000), (9_000,), (9_000, 9_000, 9_000), (9_000,)]
 """Of one length, as padding changes what group norm sees; the numbers of clips differ."""
 IMAGES = [3, 1, 2, 4]
+_GUMBEL = {"kind": "gumbel", "codes": 8, "groups": 2, "dim": 12}
+SPEECH_QUANTIZERS: dict[str, dict[str, Any]] = {
+    "speech": {"kind": "ste", "codes": 16},
+    "gumbel": _GUMBEL,
+    "gumbel, joined": _GUMBEL | {"scope": "global"},
+}
 
 
 def build(kind: str, **changes: Any) -> nn.Module:
-    """A model of ``kind`` with weights from a seed; its codebook is learned by gradient."""
+    """A model of ``kind``, "image" or one of :data:`SPEECH_QUANTIZERS`, with weights from a seed; its codebook is
+    learned by gradient."""
     from pipeline.models import build_model
     from pipeline.models.config import AutoencoderConfig
     from pipeline.quantizers.ste import STEConfig
 
-    if kind == "speech":
-        # The features' mean square is over frames and weighted by targets: it is no sum over targets.
-        return speech.tiny_model({"kind": "ste", "codes": 16}, feature_penalty=0.0, **changes)
+    if kind in SPEECH_QUANTIZERS:
+        return speech.tiny_model(SPEECH_QUANTIZERS[kind], **changes)
     torch.manual_seed(0)
     sizes = {"channels": 8, "residual_channels": 6, "latent_dim": 8, "downsampling": 1, **changes}
     return build_model(AutoencoderConfig(**sizes), STEConfig(codes=16)).train()
@@ -36,7 +42,7 @@ def build(kind: str, **changes: Any) -> nn.Module:
 
 def micro_batch(kind: str, step: int, number: int) -> Any:
     """Micro-batch ``number`` of ``step``."""
-    if kind == "speech":
+    if kind in SPEECH_QUANTIZERS:
         return speech.make_batch(speech.tiny_config(), SPEECH_LENGTHS[number], seed=100 * step + number)
     generator = torch.Generator().manual_seed(100 * step + number)
     return image_batch(torch.rand(IMAGES[number], 3, 16, 16, generator=generator))

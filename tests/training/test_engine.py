@@ -46,28 +46,11 @@ def joint_gradients(kind):
     if kind == "image":
         batch = image_batch(torch.cat([part.pixels for part in parts]))
     else:
-        batch = join_speech(parts)
+        batch = speech.join_batches(parts)
     assert batch.targets == sum(part.targets for part in parts)
     output = model(batch)
     (sum(output.losses.values()) / batch.targets).backward()
     return {name: parameter.grad for name, parameter in model.named_parameters() if parameter.grad is not None}
-
-
-def join_speech(parts):
-    most = max(part.negatives.shape[1] for part in parts)
-    negatives = [torch.nn.functional.pad(part.negatives, (0, 0, 0, most - part.negatives.shape[1])) for part in parts]
-    return speech.SpeechBatch(
-        waveforms=torch.cat([part.waveforms for part in parts]),
-        lengths=torch.cat([part.lengths for part in parts]),
-        mask=torch.cat([part.mask for part in parts]),
-        frame_lengths=torch.cat([part.frame_lengths for part in parts]),
-        negatives=torch.cat(negatives),
-        keys=[key for part in parts for key in part.keys],
-        step=0,
-        number=0,
-        targets=sum(part.targets for part in parts),
-        seconds=sum(part.seconds for part in parts),
-    )
 
 
 @pytest.mark.parametrize(("kind", "stage"), CASES)
