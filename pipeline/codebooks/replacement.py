@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Mapping
+from contextlib import suppress
 from functools import partial
 from typing import Any
 
@@ -21,7 +22,7 @@ from torch import Tensor
 from pipeline import collectives
 from pipeline.codebooks.engine_parameters import write_codes
 from pipeline.codebooks.sample import LatentSample, merge, pack, unpack
-from pipeline.quantizers.base import Quantizer
+from pipeline.quantizers.base import InfiniteLatents, Quantizer
 
 PURPOSE = 2  # first part of the tokens' keys here
 
@@ -54,7 +55,7 @@ class Replacement:
                 latents = args[0] if args else kwargs["z"]
                 mask = args[1] if len(args) > 1 else kwargs.get("mask")
                 number = forward * collectives.world_size(self.group) + collectives.rank(self.group)
-                with torch.no_grad():
+                with torch.no_grad(), suppress(InfiniteLatents):  # of which the quantizer says what there is to say
                     self._samples[name].add(quantizer.real_latents(latents, mask), number)
             self._forwards[name] = forward + 1
 

@@ -106,6 +106,10 @@ class Quantized:
     usage: Tensor | None = None  # (groups, codes) fp32, where it is not simply how often each code occurs
 
 
+class InfiniteLatents(ValueError):
+    """Latents hold NaN or infinity; the message says how many and of which quantizer."""
+
+
 class Quantizer(nn.Module):
     """Base of all kinds. A kind implements :meth:`quantize`, :meth:`assign` and :meth:`codebook`, and where it keeps
     statistics of its own, :meth:`observe` and :meth:`update`.
@@ -121,6 +125,10 @@ class Quantizer(nn.Module):
 
     compares_latents = True
     """Whether codes lie in the space of the latents, so that the distance between the two means something."""
+
+    spoils_infinite = False
+    """What a trainer sets that skips a step whose loss is not finite on all ranks together: an error would end this
+    rank alone. Statistics of that step are those of other latents and must be discarded."""
 
     _keep_in_fp32_modules_strict = ("*",)
     """transformers' name, which DeepSpeed asks every module for: buffers that its ``buffer_dtype`` must leave alone."""
@@ -227,10 +235,17 @@ class Quantizer(nn.Module):
         """Quantize ``z (..., input_dim)``; ``mask (...)`` bool, True where a token is real.
 
         Raises ValueError, and changes nothing, for latents of another size, for a mask of another shape and for NaN or
-        infinity in a real token.
+        infinity in a real token; with :attr:`spoils_infinite` the last gives vectors and losses of NaN instead.
         """
+        spoiled = False
         with torch.autocast(z.device.type, enabled=False):
-            latents = self.real_latents(z, mask)
+            try:
+                latents = self.real_latents(z, mask)
+            except InfiniteLatents:
+                if not self.spoils_infinite:
+                    raise
+                spoiled = True
+                latents = self.real_latents(torch.nan_to_num(z, 0.0, 0.0, 0.0), mask)
             found = self.quantize(latents)
             vectors = found.vectors if self.project_out is None else self.project_out(found.vectors)
         usage = count_codes(found.codes, self.codes) if found.usage is None else found.usage
@@ -243,7 +258,10 @@ class Quantizer(nn.Module):
                     self.watch(latents.detach(), found)
         vectors = _scatter(vectors.to(z.dtype), mask, z.shape[:-1], 0)
         codes = _scatter(found.codes, mask, z.shape[:-1], -1)
-        return QuantizerOutput(vectors, codes, found.losses, usage, found.metrics)
+        losses = found.losses
+        if spoiled:
+            vectors, losses = vectors * torch.nan, {name: loss * torch.nan for name, loss in losses.items()}
+        return QuantizerOutput(vectors, codes, losses, usage, found.metrics)
 
     @torch.no_grad()
     def encode(self, z: Tensor, mask: Tensor | None = None) -> Tensor:
@@ -357,7 +375,7 @@ class Quantizer(nn.Module):
     def _refuse_infinite(self, latents: Tensor) -> None:
         bad = int((~torch.isfinite(latents)).any(dim=-1).sum())
         if bad:
-            raise ValueError(
+            raise InfiniteLatents(
                 f"{self.name}, step {int(self.updates)}: {bad} of {latents.shape[0]} latents hold NaN or infinity: "
                 "look for the layer that made them, or mask these tokens"
             )

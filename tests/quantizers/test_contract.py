@@ -288,6 +288,25 @@ def test_bad_latents_are_refused_and_change_nothing(name):
     _assert_equal(_state(quantizer), state)
 
 
+@pytest.mark.parametrize("name", NAMES)
+def test_bad_latents_give_no_number_where_a_trainer_skips_the_step(name):
+    quantizer = _build(name).train()
+    quantizer.spoils_infinite = True
+    sync, state = CodebookSync(quantizer), _state(quantizer)
+    latents = _latents(2, 3)
+    latents[1, 2, 0] = float("inf")
+    latents.requires_grad_()
+    output = quantizer(latents)
+    assert output.vectors.isnan().all()
+    assert all(loss.isnan() for loss in output.losses.values())
+    assert ((output.codes >= 0) | (quantizer.codes == 0)).all()
+    output.vectors.sum().backward()
+    assert not torch.isfinite(latents.grad).all()
+    sync.discard()
+    assert not quantizer._pending
+    _assert_equal(_state(quantizer), state)
+
+
 @pytest.mark.parametrize("name", [name for name in NAMES if name != "identity"])
 def test_decoding_knows_padding_and_refuses_what_is_no_code(name):
     quantizer = _build(name)
