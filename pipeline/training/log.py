@@ -18,6 +18,7 @@ import torch
 
 from pipeline import collectives
 from pipeline.models.base import StepOutput
+from pipeline.training.guard import all_finite
 
 if TYPE_CHECKING:
     from pipeline.training.run_folder import Run
@@ -32,31 +33,30 @@ class StepMeter:
     """
 
     def __init__(self) -> None:
-        self._sums: dict[str, torch.Tensor] = {}
+        self._sums: dict[tuple[str, ...], torch.Tensor] = {}  # by their names: fp64 (2, names)
 
-    def add(self, output: StepOutput, targets: int, *, counts: bool = True) -> None:
-        """Add one micro-batch; one that does not count, for it has no finite loss, adds its names only."""
-        for name, value in output.losses.items():
-            self._add(f"loss/{name}", value.detach().double(), targets, counts)
-        for name, (numerator, denominator) in output.metrics.items():
-            self._add(f"metric/{name}", numerator.detach().double(), denominator, counts)
-
-    def _add(self, name: str, numerator: torch.Tensor, denominator: torch.Tensor | float, counts: bool) -> None:
-        pair = torch.stack(
-            [
-                numerator.reshape(()),
-                torch.as_tensor(denominator, dtype=torch.float64, device=numerator.device).reshape(()),
-            ]
-        )
-        if not counts:
-            pair = torch.zeros_like(pair)
-        self._sums[name] = self._sums[name] + pair if name in self._sums else pair
+    def add(self, output: StepOutput, targets: int) -> None:
+        """Add one micro-batch; one without a finite loss adds its names only. Reads no number of the device's."""
+        losses, metrics = output.losses, output.metrics
+        numerators = [*losses.values(), *(numerator for numerator, _ in metrics.values())]
+        sums = torch.stack([value.detach().double().reshape(()) for value in numerators])
+        over = torch.full_like(sums, targets)
+        if metrics:
+            denominators = [denominator.to(over).reshape(()) for _, denominator in metrics.values()]
+            over[len(losses) :] = torch.stack(denominators)
+        pairs = torch.where(all_finite(losses), torch.stack([sums, over]), 0.0)
+        names = (*(f"loss/{name}" for name in losses), *(f"metric/{name}" for name in metrics))
+        self._sums[names] = self._sums[names] + pairs if names in self._sums else pairs
 
     def read(self) -> dict[str, float]:
         """Averages over all ranks and micro-batches since the last call, by name; clears. Called by every rank."""
-        names = sorted(self._sums)
+        pairs: dict[str, torch.Tensor] = {}
+        for names_at_once, sums in self._sums.items():
+            for name, pair in zip(names_at_once, sums.T, strict=True):
+                pairs[name] = pairs[name] + pair if name in pairs else pair
+        names = sorted(pairs)
         collectives.check_same("|".join(names), "names of the logged values")
-        sums = collectives.all_reduce_sum(torch.stack([self._sums[name] for name in names]))
+        sums = collectives.all_reduce_sum(torch.stack([pairs[name] for name in names]))
         self._sums.clear()
         values = {
             name: float(pair[0] / pair[1]) if pair[1] else float("nan") for name, pair in zip(names, sums, strict=True)

@@ -92,6 +92,9 @@ def train(recipe: Recipe, run_dir: str | Path, *, profile: bool = False) -> Run:
         batches = (batch.to(device) for step in first_steps for batch in step)
         initialise_codebooks(model, batches, method="kmeans")
 
+    for quantizer in sync.quantizers.values():
+        quantizer.spoils_infinite = True  # the guard and the engine skip such a step on all ranks
+
     engine, loss_scale = build_engine(model, optimizer, recipe.engine, accumulation)
     start = 0
     if checkpoint is not None:
@@ -139,10 +142,11 @@ def train(recipe: Recipe, run_dir: str | Path, *, profile: bool = False) -> Run:
                     raise Interrupted(f"stopped by {stop.reason or 'another rank'} after step {step}")
                 _set_learning_rate(engine, recipe, step)
                 for batch in micro_batches:
-                    _seed_micro_batch(recipe.seed, step, batch.number)
+                    _seed_micro_batch(recipe.seed, step, batch.number, device)
                     with throughput.counting_flops(batch):
                         output = engine(batch.to(device))
-                    meter.add(output, batch.targets, counts=guard.looks_finite(output.losses, batch.keys))
+                    meter.add(output, batch.targets)
+                    guard.watch(output.losses, batch.keys)
                     throughput.add(batch, output)
                     _backward(engine, loss_scale, output.losses, targets)
                     engine.step()  # acts at the last micro-batch: all-reduce, clip, optimiser
@@ -221,10 +225,14 @@ def _check_data_state(checkpoint: Path, plan: SamplingPlan) -> None:
         )
 
 
-def _seed_micro_batch(seed: int, step: int, number: int) -> None:
+def _seed_micro_batch(seed: int, step: int, number: int, device: torch.device) -> None:
     """Dropout and sampling noise as a function of (seed, step, micro-batch): the same on any number of ranks, after any
     resume, with nothing to save."""
-    torch.manual_seed((seed * 1_000_003 + step) * 65_537 + number & 0x7FFF_FFFF_FFFF_FFFF)
+    value = (seed * 1_000_003 + step) * 65_537 + number & 0x7FFF_FFFF_FFFF_FFFF
+    # torch.manual_seed would do both, and format a stack trace each time for a CUDA that is not there.
+    torch.default_generator.manual_seed(value)
+    if device.type == "cuda":
+        torch.cuda.manual_seed(value)
 
 
 def _sum_over_ranks(values: list[int], device: torch.device) -> list[int]:

@@ -41,7 +41,7 @@ def test_a_line_tells_how_fast_the_run_is(image_run):
 def test_speech_is_counted_in_seconds(speech_run):
     for line in Run(speech_run).log():
         seconds = line["audio_per_second"] * line["seconds"]
-        assert 6 < seconds <= 12  # 2 micro-batches of up to 6 padded seconds
+        assert 6 < seconds < 12.001  # 2 micro-batches of up to 6 padded seconds
 
 
 @pytest.mark.skipif(importlib.util.find_spec("wandb") is not None, reason="wandb is installed")
