@@ -3,9 +3,9 @@
 `python -m tests.benchmarks.training` needs no data of its own: it prepares the repository's sample. On two gloo ranks
 with one thread each it prints
 
-- a step of the trainer beside a step of a bare DistributedDataParallel loop with the same model, optimiser, batches and
-  codebook update, run by turns, in CPU time of a rank (what other load on the machine does not change much) and in wall
-  time;
+- a step of the trainer beside a step of a bare DistributedDataParallel loop and of a bare DeepSpeed loop with the same
+  model, optimiser, batches and codebook update, run by turns, in CPU time of a rank (what other load on the machine
+  does not change much) and in wall time;
 - how long training waits for a checkpoint, of the same model and of one with 100 M parameters, and how long the file
   takes to be whole;
 - saving and loading that model beside DeepSpeed's own checkpoints, plain and universal;
@@ -24,6 +24,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -116,15 +117,18 @@ def _both_loops(recipe_name: str, data: str, folder: str, turns: int) -> Any:
             stalls.append(time.perf_counter() - began)
 
     trainer.RunLog, trainer.CheckpointWriter = ClockedLog, ClockedWriter  # type: ignore[misc]
-    lines: dict[str, list[tuple[float, float]]] = {"DDP": [], **{f"trainer, ZeRO {stage}": [] for stage in STAGES}}
+    loops = ["DDP", *(f"{loop}, ZeRO {stage}" for stage in STAGES for loop in ("DeepSpeed", "trainer"))]
+    lines: dict[str, list[tuple[float, float]]] = {name: [] for name in loops}
     for turn in range(turns):
         for name in lines:
             clocks.clear()
+            stage = name[-1] if name != "DDP" else "0"
+            of_stage = load_recipe(recipe_name, [*overrides, f"engine.zero_stage={stage}", never])
             if name == "DDP":
-                _bare_loop(recipe, clocks)
+                _bare_loop(of_stage, clocks)
+            elif name.startswith("DeepSpeed"):
+                _bare_engine_loop(of_stage, clocks)
             else:
-                stage = name[-1]
-                of_stage = load_recipe(recipe_name, [*overrides, f"engine.zero_stage={stage}", never])
                 trainer.train(of_stage, Path(folder) / f"{recipe.name}-{stage}-{turn}")
             for before, after in list(itertools.pairwise(clocks))[1:]:
                 seconds = tuple((b - a) / STEPS_A_LINE for a, b in zip(before, after, strict=True))
@@ -139,35 +143,76 @@ def _bare_loop(recipe: Any, clocks: list[tuple[float, float]]) -> None:
     import torch
     from torch.nn.parallel import DistributedDataParallel
 
-    from pipeline import collectives
     from pipeline.codebooks import CodebookSync
-    from pipeline.data import SamplingPlan, build_loader, open_data
-    from pipeline.models import build_collation, build_model
+    from pipeline.models import build_model
     from pipeline.training.optimizer import build_optimizer
 
     torch.manual_seed(recipe.seed)
-    dataset = open_data(recipe.data)
-    plan = SamplingPlan(dataset, recipe.batch, recipe.data, recipe.seed)
     model = build_model(recipe.model, recipe.quantizer)
     sync = CodebookSync(model)
     parallel = DistributedDataParallel(model, broadcast_buffers=False)
     optimizer = build_optimizer(model, recipe.optimizer)
+
+    def step(micro_batches: list[Any], factor: float) -> None:
+        for number, batch in enumerate(micro_batches, start=1):
+            last = number == len(micro_batches)
+            with contextlib.nullcontext() if last else parallel.no_sync():
+                output = parallel(batch)
+                loss = torch.stack([value.float() for value in output.losses.values()]).sum()
+                (loss * factor).backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), recipe.engine.gradient_clipping)
+        optimizer.step()
+        optimizer.zero_grad()
+        sync.step()
+
+    _run_bare(recipe, step, clocks)
+
+
+def _bare_engine_loop(recipe: Any, clocks: list[tuple[float, float]]) -> None:
+    """The same with the recipe's DeepSpeed engine in the place of DDP and the optimiser."""
+    import torch
+
+    from pipeline import collectives
+    from pipeline.codebooks import CodebookSync
+    from pipeline.models import build_model
+    from pipeline.training.engine import build_engine
+    from pipeline.training.optimizer import build_optimizer
+
+    torch.manual_seed(recipe.seed)
+    model = build_model(recipe.model, recipe.quantizer)
+    optimizer = build_optimizer(model, recipe.optimizer)
+    sync = CodebookSync(model, optimizer=optimizer)
+    accumulation = recipe.batch.micro_batches // collectives.world_size()
+    engine, _ = build_engine(model, optimizer, recipe.engine, accumulation)
+
+    def step(micro_batches: list[Any], factor: float) -> None:
+        for batch in micro_batches:
+            output = engine(batch)
+            loss = torch.stack([value.float() for value in output.losses.values()]).sum()
+            engine.backward(loss * factor, scale_wrt_gas=False)
+            engine.step()
+        sync.step()
+
+    _run_bare(recipe, step, clocks)
+
+
+def _run_bare(recipe: Any, step: Callable[[list[Any], float], None], clocks: list[tuple[float, float]]) -> None:
+    """Call ``step`` with each step's micro-batches and what their losses are multiplied by."""
+    import torch
+
+    from pipeline import collectives
+    from pipeline.data import SamplingPlan, build_loader, open_data
+    from pipeline.models import build_collation
+
+    dataset = open_data(recipe.data)
+    plan = SamplingPlan(dataset, recipe.batch, recipe.data, recipe.seed)
     rank, world_size = collectives.rank(), collectives.world_size()
     with build_loader(dataset, plan, build_collation(recipe), rank=rank, world_size=world_size) as loader:
-        for step in range(recipe.training.steps):
+        for number in range(recipe.training.steps):
             micro_batches = next(loader)
             targets = collectives.all_reduce_sum(torch.tensor([sum(batch.targets for batch in micro_batches)]))
-            for number, batch in enumerate(micro_batches, start=1):
-                last = number == len(micro_batches)
-                with contextlib.nullcontext() if last else parallel.no_sync():
-                    output = parallel(batch)
-                    loss = torch.stack([value.float() for value in output.losses.values()]).sum()
-                    (loss * (world_size / targets)).backward()
-            torch.nn.utils.clip_grad_norm_(model.parameters(), recipe.engine.gradient_clipping)
-            optimizer.step()
-            optimizer.zero_grad()
-            sync.step()
-            if (step + 1) % STEPS_A_LINE == 0:
+            step(micro_batches, world_size / int(targets))
+            if (number + 1) % STEPS_A_LINE == 0:
                 clocks.append((time.process_time(), time.perf_counter()))
 
 
