@@ -11,12 +11,12 @@ import logging
 import os
 import signal
 import threading
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
+from launch.ray_places import JOIN_SECONDS, Places
 from pipeline.training.checkpoint import MANIFEST, checkpoint_name
 from pipeline.training.stop import SIGNALS, STOP_FILE
 
@@ -24,6 +24,8 @@ logger = logging.getLogger("tessera")
 
 END_SECONDS = 120.0
 """How long Ray may take to end its workers after the run's last checkpoint is whole."""
+UNHEARD_SECONDS = 5.0
+"""How long a signal to stop waits for workers that have no places on the cluster yet, and so read no file."""
 _LOOK_EVERY = 0.5  # seconds
 
 
@@ -43,6 +45,8 @@ def train_on_ray(
     """Train the recipe in ``recipe_file`` into ``run`` on ``ranks`` Ray workers. Needs an initialised Ray.
 
     ``failures`` is how many times a dead worker group may be replaced. Both paths must be readable from every node.
+    Where the cluster has GPUs each rank gets one, unless ``use_gpu`` says otherwise. While the workers have no places
+    on the cluster, the log says every 30 seconds what they wait for.
     Returns False when a signal stopped the run, which has saved its state and goes on when it is started again. Raises
     :class:`LaunchError` when the run fails for good, ConnectionError when Ray itself is gone.
     """
@@ -52,14 +56,13 @@ def train_on_ray(
     from recipes.schema import load_recipe
 
     training = load_recipe(recipe_file).training
-    resources = ray.cluster_resources()
-    gpu = resources.get("GPU", 0) >= ranks if use_gpu is None else use_gpu
-    if not gpu and resources.get("CPU", 0) < ranks:
-        raise LaunchError(
-            f"{ranks} ranks need {ranks} CPUs of Ray, {resources.get('CPU', 0):g} are there: use fewer ranks or "
-            "add nodes"
-        )
-    threads = threads_per_rank or max(1, int(resources.get("CPU", 1)) // ranks)
+    # Not "as many as ranks": with a node away, a run on GPUs would go on without them.
+    gpu = ray.cluster_resources().get("GPU", 0) > 0 if use_gpu is None else use_gpu
+    worker = {"CPU": 1.0} | ({"GPU": 1.0} if gpu else {})
+    places = Places(ranks, worker)
+    if shortage := places.wait_for_nodes(JOIN_SECONDS):
+        raise LaunchError(f"{shortage}: use fewer ranks or add nodes")
+    threads = threads_per_rank or max(1, int(ray.cluster_resources().get("CPU", 1)) // ranks)
     environment = {
         "OMP_NUM_THREADS": str(threads),
         "DS_ACCELERATOR": "cuda" if gpu else "cpu",
@@ -75,18 +78,16 @@ def train_on_ray(
     trainer = TorchTrainer(
         _train_on_this_worker,
         train_loop_config={"recipe": str(recipe_file.resolve()), "run": str(run.resolve())},
-        scaling_config=train.ScalingConfig(
-            num_workers=ranks, use_gpu=gpu, resources_per_worker={"CPU": 1} | ({"GPU": 1} if gpu else {})
-        ),
+        scaling_config=train.ScalingConfig(num_workers=ranks, use_gpu=gpu, resources_per_worker=worker),
         torch_config=TorchConfig(backend="nccl" if gpu else "gloo", timeout_s=training.collective_timeout),
         run_config=run_config,
     )
     last = run / "checkpoints" / checkpoint_name(training.steps) / MANIFEST
-    _fit(trainer, run, last)
+    _fit(trainer, run, last, places)
     return last.is_file()
 
 
-def _fit(trainer: Any, run: Path, last: Path) -> None:
+def _fit(trainer: Any, run: Path, last: Path, places: Places) -> None:
     """``trainer.fit()``, which must neither swallow a signal nor keep this process for good."""
     from pipeline.ray_session import RayWatch
 
@@ -101,13 +102,18 @@ def _fit(trainer: Any, run: Path, last: Path) -> None:
     # A thread: in the main one Ray Train takes SIGINT for itself, and no other signal would be handled while it waits.
     thread = threading.Thread(target=fit, name="tessera-ray-train", daemon=True)
     watch = RayWatch(head_returns=True)
-    patience = END_SECONDS
-    with _stop_file(run) as passed_on:
+    patience, unheard = END_SECONDS, 0.0
+    with _StopFile(run / STOP_FILE) as stop, places:
         thread.start()
         while thread.is_alive() and patience > 0:
             thread.join(_LOOK_EVERY)
-            passed_on()
             watch.check()
+            if places.problem:
+                raise LaunchError(places.problem)
+            stop.pass_on()
+            unheard = unheard + _LOOK_EVERY if stop.wanted and not places.taken else 0.0
+            if unheard >= UNHEARD_SECONDS:
+                return  # Ray forgets what was asked of it when this process ends
             if last.is_file():
                 patience -= _LOOK_EVERY
     if thread.is_alive():
@@ -118,31 +124,32 @@ def _fit(trainer: Any, run: Path, last: Path) -> None:
         raise LaunchError(f"training into {run} failed: {_root_cause(errors[0])}") from errors[0]
 
 
-@contextmanager
-def _stop_file(run: Path) -> Iterator[Any]:
-    """Within the block a signal to stop becomes the run's stop file, once the given function is called."""
-    wanted = False
-    file = run / STOP_FILE
+class _StopFile:
+    """Context manager: within it a signal to stop is ``wanted``, and the run's stop file once it is passed on."""
 
-    def note(_: int, __: FrameType | None) -> None:
-        nonlocal wanted
-        wanted = True
+    def __init__(self, file: Path) -> None:
+        self.wanted = False
+        self._file = file
+        self._before: dict[signal.Signals, Any] = {}
 
-    def pass_on() -> None:
-        nonlocal wanted
-        if wanted:
-            file.touch()
-            wanted = False
+    def __enter__(self) -> _StopFile:
+        self._file.unlink(missing_ok=True)  # of a launch before, whose workers never came to read it
+        if threading.current_thread() is threading.main_thread():
+            self._before = {number: signal.signal(number, self._note) for number in SIGNALS}
+        return self
 
-    file.unlink(missing_ok=True)  # of a launch before, whose workers never came to read it
-    here = threading.current_thread() is threading.main_thread()
-    before = {number: signal.signal(number, note) for number in SIGNALS} if here else {}
-    try:
-        yield pass_on
-    finally:
-        for number, handler in before.items():
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._before.items():
             signal.signal(number, handler)
-        file.unlink(missing_ok=True)
+        self._file.unlink(missing_ok=True)
+
+    def pass_on(self) -> None:
+        """Write the file, once there was a signal."""
+        if self.wanted:
+            self._file.touch()
+
+    def _note(self, _: int, __: FrameType | None) -> None:
+        self.wanted = True
 
 
 def _train_on_this_worker(config: dict[str, Any]) -> None:

@@ -1,19 +1,32 @@
 """Ray Train starts, stops and replaces the ranks; the session's Ray."""
 
+import logging
 import os
+import re
 import signal
+import sys
 import threading
 import time
 
 import pytest
+import ray
 
+from launch import ray_places, ray_train
+from launch.ray_places import Places
 from launch.ray_train import LaunchError, train_on_ray
 from pipeline.training.run_folder import Run
-from pipeline.training.stop import STOP_FILE
+from pipeline.training.stop import RESUME_ME, STOP_FILE
 from recipes.schema import load_recipe
 from tests.conftest import IMAGE
+from tests.data_prep.processes import session
 
 STEPS = 60
+LAUNCH = """
+import sys
+from launch import cli, ray_places
+ray_places.WAIT_LINE_EVERY = 1.0
+cli.main()
+"""
 RANKS = 2
 
 
@@ -65,3 +78,83 @@ def test_what_a_worker_says_reaches_the_caller(ray_cluster, recipe_file, image_d
     recipe_file.write_text(recipe_file.read_text().replace(str(image_dataset), "/gone"))
     with pytest.raises(LaunchError, match=r"rank \d: .*data set folder /gone does not exist"):
         train_on_ray(recipe_file, tmp_path / "run", RANKS, use_gpu=False)
+
+
+@pytest.mark.timeout(600)
+def test_a_start_without_places_says_so_and_hears_a_signal(ray_cluster, recipe_file, tmp_path):
+    cpus = int(ray_cluster["CPU"])
+
+    @ray.remote(num_cpus=cpus)
+    class OtherJob:
+        def there(self):
+            return True
+
+    other = OtherJob.remote()
+    try:
+        assert ray.get(other.there.remote(), timeout=60)
+        command = [sys.executable, "-c", LAUNCH, "launch", str(recipe_file), "--run", str(tmp_path / "run")]
+        command += ["--on", "ray", "--ray-address", ray.get_runtime_context().gcs_address, "--ranks-per-node", "2"]
+        with session(command, tmp_path / "log") as running:
+            until = time.monotonic() + 240
+            while "workers with 1 CPU each" not in running.output() or "0 CPU free" not in running.output():
+                assert running.process.poll() is None, running.output()
+                assert time.monotonic() < until, running.output()
+                time.sleep(0.1)
+            running.process.send_signal(signal.SIGTERM)
+            assert running.process.wait(120) == RESUME_ME, running.output()
+        assert "Traceback" not in running.output()
+        assert not (tmp_path / "run" / STOP_FILE).exists()
+    finally:
+        ray.kill(other)
+
+
+def test_more_workers_than_the_nodes_hold_are_refused(ray_cluster, recipe_file, tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr(ray_train, "JOIN_SECONDS", 0.5)
+    cpus = ray_cluster["CPU"]
+    words = rf"the nodes of the Ray cluster \({cpus:g} CPU\) hold {cpus:g} of 999 workers with 1 CPU each"
+    with pytest.raises(LaunchError, match=f"{words}: use fewer ranks or add nodes"):
+        train_on_ray(recipe_file, tmp_path / "run", 999, use_gpu=False)
+    assert "waiting for nodes to join, up to 0 s: the nodes" in caplog.text
+
+
+def test_a_cluster_that_lost_too_many_nodes_is_told_in_time(ray_cluster, monkeypatch, caplog):
+    monkeypatch.setattr(ray_places, "WAIT_LINE_EVERY", 1.0)
+    monkeypatch.setattr(ray_places, "NODES_SECONDS", 3.0)
+    with caplog.at_level(logging.WARNING, "tessera"), Places(999, {"CPU": 1.0}) as places:
+        until = time.monotonic() + 60
+        while not places.problem:
+            assert time.monotonic() < until
+            time.sleep(0.1)
+    assert not places.taken
+    assert re.search(r"of 999 workers with 1 CPU each, since \d+ seconds: use fewer ranks", places.problem)
+    assert any(record.message.startswith("waiting for places for 999 workers") for record in caplog.records)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_a_worker_that_hangs_at_its_end_does_not_keep_the_caller(
+    ray_cluster, recipe_file, tmp_path, monkeypatch, caplog
+):
+    monkeypatch.setattr(ray_train, "END_SECONDS", 5.0)
+    run = Run(tmp_path / "run")
+    frozen = []
+
+    def freeze_at_the_end():
+        until = time.monotonic() + 240
+        while time.monotonic() < until and not (run.checkpoints / f"step-{STEPS:08d}" / "manifest.json").exists():
+            time.sleep(0.005)
+        frozen.append(run.environment()["ranks"][-1]["pid"])
+        os.kill(frozen[0], signal.SIGSTOP)
+
+    freezer = threading.Thread(target=freeze_at_the_end)
+    freezer.start()
+    try:
+        assert train_on_ray(recipe_file, run.path, RANKS, failures=1, use_gpu=False) is True
+    finally:
+        freezer.join()
+        os.kill(frozen[0], signal.SIGCONT)
+    assert "the run is complete, but Ray has not ended its workers in 5 seconds" in caplog.text
+    for thread in threading.enumerate():
+        if thread.name == "tessera-ray-train":
+            thread.join(240)
+            assert not thread.is_alive()
