@@ -25,6 +25,8 @@ CHANCE = 0.99
 """Part of chance that counts as chance."""
 FEWEST_VALID_NEGATIVES = 0.5
 """Share of distractors that differ from their positive: below, most ask nothing."""
+SLOW_RANK = 1.5
+"""Times of the middle rank that a rank may take for its own work."""
 SPIKE_WINDOW = 32
 """Lines that a loss is compared with."""
 FEWEST_LINES = 8
@@ -110,6 +112,19 @@ def stuck_at_chance(values: Mapping[str, Any], negatives: int) -> dict[str, str]
     }
 
 
+def slow_rank(values: Mapping[str, Any]) -> dict[Hashable, str]:
+    """That one rank keeps the others waiting, or nothing."""
+    slowest, middle = values.get("slowest_rank_seconds", 0.0), values.get("middle_rank_seconds", 0.0)
+    if not slowest > SLOW_RANK * middle:
+        return {}
+    rank = values["slowest_rank"]
+    return {
+        ("slow_rank", rank): f"rank {rank} took {slowest:.3g} seconds for what takes the middle rank {middle:.3g}, and "
+        "all wait for it: look at its machine (RUN/environment.json says which: other processes, heat, its disk if "
+        "data_wait_share is high) or leave it out; the result stays the same"
+    }
+
+
 class Alarms:
     """All alarms of one run."""
 
@@ -120,9 +135,9 @@ class Alarms:
 
     def warnings(self, step: int, values: Mapping[str, Any], collapses: Sequence[Alarm]) -> list[str]:
         """Messages to be said at a line of the log: ``values`` by the log's names, ``collapses`` of the step."""
-        found = {(alarm.collapse, alarm.quantizer): alarm.message for alarm in collapses}
+        found: dict[Hashable, str] = {(alarm.collapse, alarm.quantizer): alarm.message for alarm in collapses}
         messages = self._spike.warnings(step, values.get("loss", math.nan))
-        messages += self._lasting.warnings(found | few_valid_negatives(values))
+        messages += self._lasting.warnings(found | few_valid_negatives(values) | slow_rank(values))
         if self._negatives:
             messages += self._stuck.warnings(stuck_at_chance(values, self._negatives))
         return messages

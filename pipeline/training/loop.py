@@ -129,9 +129,10 @@ def train(recipe: Recipe, run_dir: str | Path, *, profile: bool = False) -> Run:
             CollectiveClock(device) as exchange,
             step_profiler(run.path / "profile" if profile else None) as end_of_step,
         ):
+            sum_over_ranks = exchange.timed(_sum_over_ranks)  # where the others wait for a rank that comes late
             for step in range(start, recipe.training.steps):
                 micro_batches = next(loader)
-                targets, stopping, writing = _sum_over_ranks(
+                targets, stopping, writing = sum_over_ranks(
                     [sum(batch.targets for batch in micro_batches), bool(stop.reason), writer.busy], device
                 )
                 if writer.pending and not writing and not writer.commit():

@@ -10,6 +10,7 @@ import resource
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from statistics import median_low
 from typing import Any
 
 import torch
@@ -53,7 +54,7 @@ def find_peak(device_name: str) -> float | None:
 
 class CollectiveClock:
     """Seconds that this rank's device spends in the engine's collectives: reducing gradients, gathering weights, and
-    waiting in them for a slower rank.
+    waiting in them for a slower rank; and in what else is :meth:`timed`.
 
     Collectives that the engine starts ahead and waits for later, as ZeRO 3 gathers weights, are not counted. On a GPU
     events are recorded around each, and nothing waits for them before :meth:`read`.
@@ -72,14 +73,16 @@ class CollectiveClock:
 
         self._backend = comm.cdb
         for name in self.NAMES:
-            setattr(self._backend, name, self._timed(getattr(self._backend, name)))
+            setattr(self._backend, name, self.timed(getattr(self._backend, name)))
         return self
 
     def __exit__(self, *_: object) -> None:
         for name in self.NAMES:
             delattr(self._backend, name)  # the class's own shows again
 
-    def _timed(self, collective: Callable[..., Any]) -> Callable[..., Any]:
+    def timed(self, collective: Callable[..., Any]) -> Callable[..., Any]:
+        """``collective``, counted."""
+
         def timed(*args: Any, **kwargs: Any) -> Any:
             if kwargs.get("async_op"):
                 return collective(*args, **kwargs)
@@ -142,8 +145,11 @@ class Throughput:
 
     def read(self, data_wait: float, all_reduce: float) -> dict[str, float]:
         """Rates over all ranks since the last call, and the longest data wait, the shortest time in collectives and the
-        largest memory of a rank. Called by every rank."""
+        largest memory of a rank; of several ranks also which took longest for all but the collectives, its seconds and
+        those of the middle rank. Called by every rank."""
         seconds = time.perf_counter() - self._began
+        own = [0.0] * collectives.world_size()
+        own[collectives.rank()] = seconds - all_reduce
         units = self._audio or self._samples
         flops = (self._flops_a_unit or 0.0) * units
         tokens = 0.0 if self._tokens is None else float(self._tokens)
@@ -151,9 +157,9 @@ class Throughput:
             collectives.all_reduce_sum, [self._samples, self._audio, tokens, flops], self._device
         )
         # The rank that others wait for waits least itself: its time is what the exchange takes.
-        seconds, data_wait, least, memory, memory_gpu = _reduce(
+        seconds, data_wait, least, memory, memory_gpu, *own = _reduce(
             collectives.all_reduce_max,
-            [seconds, data_wait, -all_reduce, _peak_memory(), self._gpu_memory()],
+            [seconds, data_wait, -all_reduce, _peak_memory(), self._gpu_memory(), *own],
             self._device,
         )
         values = {
@@ -165,6 +171,12 @@ class Throughput:
             "all_reduce_share": -least / seconds,
             "memory": int(memory),
         }
+        if len(own) > 1:
+            values |= {
+                "slowest_rank": own.index(max(own)),
+                "slowest_rank_seconds": max(own),
+                "middle_rank_seconds": median_low(own),
+            }
         if audio:
             values["audio_per_second"] = audio / seconds
         if self._peak is not None:

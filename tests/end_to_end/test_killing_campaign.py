@@ -1,198 +1,187 @@
 """SIGKILL at random moments to ranks, to torchrun, to everything at once, and to Ray's workers, nodes and driver.
 
 What is left in the end must be what an undisturbed run leaves, bit for bit, trained on every sample once an epoch. All
-processes are real; each campaign ends only those whose command line names its own folder.
+processes are real; each campaign ends only those that it started: by its folder in their command line, or by the
+sessions of its own Ray.
 """
 
-import os
 import random
 import subprocess
-import sys
+import tempfile
 import time
-from contextlib import suppress
+from collections import Counter
+from contextlib import ExitStack, suppress
 from pathlib import Path
 
 import psutil
 import pytest
-import torch
 
-from pipeline.training.checkpoint import read_weights
 from pipeline.training.run_folder import Run
-from tests.end_to_end.recorded_training import trained_keys
+from tests.data_prep.processes import RAYLET, Session, session
+from tests.data_prep.test_cluster import free_ports, ray_node
+from tests.data_prep.test_interruption import TESSERA
+from tests.end_to_end.campaign import (
+    DEADLINE,
+    FEW_STEPS,
+    MANY_STEPS,
+    RANKS,
+    RECIPE,
+    Campaign,
+    assert_every_sample_once_an_epoch,
+    assert_identical,
+    train_undisturbed,
+)
+from tests.end_to_end.recorded_training import worker_environment
 
-RECIPE = "image/autoencoder_tiny_ksom"
-RANKS, MICRO_BATCHES, SAMPLES = 2, 6, 4
-CHECKPOINT_EVERY = 5
+ROOT = Path(__file__).parents[2]
 SEED = 20261121
-DEADLINE = 240.0  # seconds for anything that is waited for
-ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "RAY_USAGE_STATS_ENABLED": "0"}
+RAY_RANK = "ray::RayTrainWorker"  # what Ray calls the process of a rank
 
 
-def _overrides(dataset: Path, steps: int) -> list[str]:
-    return [
-        f"data.path={dataset}",
-        f"batch.micro_batches={MICRO_BATCHES}",
-        f"batch.samples={SAMPLES}",
-        "data.image_size=32",
-        "quantizer.codes=16",
-        "quantizer.grid=[4,4]",
-        "model.channels=16",
-        "model.residual_channels=8",
-        f"training.steps={steps}",
-        "training.log_every=1",
-        f"training.checkpoint_every={CHECKPOINT_EVERY}",
-        "training.collective_timeout=120",
-        "codebooks.check_every=2",
-        "schedule.warmup_steps=2",
-    ]
+class RayCampaign(Campaign):
+    """A run under a Ray cluster of a head without CPUs and a node for each rank. A node that died comes back, as a
+    machine does that is started again; the driver goes on, unless it was a victim itself."""
 
-
-class Campaign:
-    """A run that is started again and again. A context manager: no process of it outlives the block."""
-
-    def __init__(self, run: Path, dataset: Path, steps: int) -> None:
-        self.run, self.dataset, self.steps = Run(run), dataset, steps
-        self.keys = run.with_name(f"{run.name}-keys")
-        self.output = run.with_name(f"{run.name}-output.txt")
-        self.process: subprocess.Popen | None = None
-
-    def __enter__(self) -> "Campaign":
+    def __enter__(self) -> "RayCampaign":
+        self._stack = ExitStack()
+        self._started = 0
+        self._killed_attempt = 0
+        try:
+            # Unix sockets need a short path.
+            folder = self._stack.enter_context(tempfile.TemporaryDirectory(prefix="ray-", ignore_cleanup_errors=True))
+            port, client = free_ports(2)
+            self._address = f"127.0.0.1:{port}"
+            ports = [f"--port={port}", f"--ray-client-server-port={client}", "--include-dashboard=false"]
+            self._ray_node("--head", *ports, f"--temp-dir={folder}", "--num-cpus=0")
+            self._nodes = [self._rank_node() for _ in range(RANKS)]
+        except BaseException:
+            self._stack.close()
+            raise
         return self
 
     def __exit__(self, *_: object) -> None:
-        for process in self.processes():
-            with suppress(psutil.NoSuchProcess):
-                process.kill()
-        if self.process is not None:
-            self.process.kill()
-            self.process.wait()
+        self._stack.close()
 
     def start(self) -> subprocess.Popen:
-        """torchrun with the recording trainer."""
-        command = [
-            *(sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={RANKS}"),
-            *("--max-restarts=0", "-m", "tests.end_to_end.recorded_training", str(self.keys), RECIPE),
-            *(*_overrides(self.dataset, self.steps), "--run-dir", str(self.run.path)),
-        ]
-        with self.output.open("a") as output:
-            self.process = subprocess.Popen(command, env=ENVIRONMENT, stdout=output, stderr=subprocess.STDOUT)
+        command = [*TESSERA, "launch", RECIPE, *self.overrides, "--run", str(self.run.path), "--on", "ray"]
+        command += ["--ray-address", self._address, "--ranks-per-node", str(RANKS), "--failures", "100"]
+        self._started += 1
+        self.output = self.output.with_name(f"driver-{self._started}.txt")
+        self._driver = self._stack.enter_context(session(command, self.output))
+        self.process = self._driver.process
         return self.process
 
     def finish(self) -> None:
-        """To the end, undisturbed."""
-        assert self.start().wait(DEADLINE) == 0, self.output.read_text()[-4000:]
-
-    def processes(self) -> list[psutil.Process]:
-        """Everything that works for this campaign, by its folder in the command line."""
-        found = []
-        for process in psutil.process_iter(["cmdline"]):
-            if any(str(self.run.path) in word for word in process.info["cmdline"] or []) and process.pid != os.getpid():
-                found.append(process)
-        return found
+        if self.process is None or self.process.poll() is not None:
+            self.start()
+        assert self.process.wait(DEADLINE) == 0, self.output.read_text()[-4000:]
 
     def ranks(self) -> list[psutil.Process]:
-        """The trainers, in no order; also while they are starting."""
-        return [process for process in self.processes() if process.pid != self.process.pid]
-
-    def attempt(self) -> int:
-        log = self.run.log()
-        return log[-1]["attempt"] if log else 0
-
-    def wait_for(self, what: str, condition, pause: float = 0.05) -> bool:
-        """Until it holds; False when the run ended before."""
-        until = time.monotonic() + DEADLINE
-        while not condition():
-            if self.process.poll() is not None:
-                return False
-            assert time.monotonic() < until, f"{what} did not come: {self.output.read_text()[-4000:]}"
-            time.sleep(pause)
-        return True
+        found = []
+        for pid in sorted(pid for node in self._nodes for pid in node.processes(RAY_RANK)):
+            with suppress(psutil.NoSuchProcess):
+                found.append(psutil.Process(pid))
+        return found
 
     def kill(self, target: str, moment: str, dice: random.Random) -> bool:
-        """Start, wait for the moment, kill. False when the run was faster."""
-        attempt = self.attempt()
-        self.start()
-        if moment == "starting":
-            wait = time.monotonic() + dice.uniform(0.5, 12)
-            in_time = self.wait_for("the start", lambda: time.monotonic() > wait)
-        elif moment == "writing":
-            in_time = self.wait_for("a step", lambda: self.attempt() > attempt)
-            in_time = in_time and self.wait_for("a checkpoint", self._is_writing, pause=0.001)
-            time.sleep(dice.uniform(0, 0.02))
-        else:
-            in_time = self.wait_for("a step", lambda: self.attempt() > attempt)
-            time.sleep(dice.uniform(0, 1))
-        in_time = in_time and self.process.poll() is None
-        ranks = sorted(self.ranks(), key=lambda process: process.pid)
-        victims = {"torchrun": [], "everything": ranks, "rank": [dice.choice(ranks)] if ranks else []}[target]
-        for process in victims:
-            with suppress(psutil.NoSuchProcess):
-                process.kill()
-        if target != "rank" or not victims:
-            self.process.kill()
-        self.process.wait(DEADLINE)
-        # The next start does not wait for what is left: ranks without torchrun save and leave.
+        """Wait for the moment, kill, and bring back what Ray itself does not."""
+        if self.process is None or self.process.poll() is not None:
+            self.start()
+        in_time = self.wait_for_moment(moment, self._killed_attempt, dice)
+        print(f"{time.strftime('%H:%M:%S')} {target} while {moment}, after step {self.step()}", flush=True)
+        if target == "rank":
+            in_time = in_time and self.wait_for("a rank", self.ranks)
+            dice.choice(self.ranks()).kill()
+        if target in ("driver", "everything"):
+            self._driver.kill()
+            self.process.wait()
+        if target in ("node", "everything"):
+            places = range(RANKS) if target == "everything" else [dice.randrange(RANKS)]
+            assert all(self._nodes[place].kill(RAYLET) for place in places)
+            for place in places:
+                self._nodes[place] = self._rank_node()
+        self._killed_attempt = self.attempt()
         return in_time
 
-    def _is_writing(self) -> bool:
-        return any(self.run.checkpoints.glob(".partial-*"))
+    def _rank_node(self) -> Session:
+        return self._ray_node(f"--address={self._address}", "--num-cpus=1")
+
+    def _ray_node(self, *options: str) -> Session:
+        until = time.monotonic() + DEADLINE
+        while True:
+            self._started += 1
+            place = self.run.path.with_name(f"node-{self._started}")
+            place.mkdir()
+            try:
+                return self._stack.enter_context(ray_node(place, "ray", "--node-ip-address=127.0.0.1", *options))
+            except AssertionError:  # a machine that is too busy for Ray to start in time
+                if time.monotonic() > until:
+                    raise
 
 
-def _assert_identical(expected: Run, actual: Run) -> None:
-    reference, weights = read_weights(expected.latest_checkpoint()), read_weights(actual.latest_checkpoint())
-    assert expected.latest_checkpoint().name == actual.latest_checkpoint().name
-    assert reference.keys() == weights.keys()
-    assert any("quantizer" in name for name in weights)
-    for name, tensor in reference.items():
-        assert torch.equal(tensor, weights[name]), name
-    losses = {line["step"]: line["loss"] for line in expected.log()}
-    for line in actual.log():
-        assert line["loss"] == losses[line["step"]], f"step {line['step']}, attempt {line['attempt']}"
+@pytest.fixture(scope="module")
+def undisturbed(image_dataset, tmp_path_factory):
+    """The run that nobody kills, by its number of steps; each trained when it is first asked for."""
+    runs = {}
+
+    def get(steps: int) -> Run:
+        if steps not in runs:
+            runs[steps] = train_undisturbed(tmp_path_factory.mktemp("undisturbed") / "run", image_dataset, steps)
+        return runs[steps]
+
+    return get
 
 
-def _assert_every_sample_once_an_epoch(campaign: Campaign) -> None:
-    from pipeline.data import open_data
-
-    data = open_data(campaign.run.recipe().data)
-    known = {source.keys(index) for source in data.sources for index in range(len(source))}
-    trained = trained_keys(campaign.keys)
-    places = [(step, number) for step in range(campaign.steps) for number in range(MICRO_BATCHES)]
-    assert set(trained) == set(places)
-    keys = [key for place in places for key in trained[place]]
-    assert len(keys) > len(known), "more than an epoch"
-    for begin in range(0, len(keys), len(known)):
-        epoch = keys[begin : begin + len(known)]
-        assert len(set(epoch)) == len(epoch), "no sample twice in an epoch"
-        assert set(epoch) <= known
-        assert len(epoch) < len(known) or set(epoch) == known, "no sample left out"
+def _check(killed: Campaign, undisturbed: Run) -> None:
+    assert_identical(undisturbed, killed.run)
+    assert_every_sample_once_an_epoch(killed)
+    assert not list(killed.run.checkpoints.glob(".*")), "nothing half-made stays"
+    assert not killed.ranks()
 
 
-def _campaign(folder: Path, dataset: Path, steps: int, kills: list[tuple[str, str]]) -> None:
+def _kill_again_and_again(killed: Campaign, kills: list[tuple[str, str]]) -> None:
     dice = random.Random(SEED)
-    with Campaign(folder / "undisturbed", dataset, steps) as undisturbed:
-        undisturbed.finish()
-    with Campaign(folder / "killed", dataset, steps) as killed:
-        for target, moment in kills:
-            assert killed.kill(target, moment, dice), f"the run ended before {target} could be killed while {moment}"
-        killed.finish()
-        _assert_identical(undisturbed.run, killed.run)
-        _assert_every_sample_once_an_epoch(undisturbed)
-        _assert_every_sample_once_an_epoch(killed)
-        assert not list(killed.run.checkpoints.glob(".*")), "nothing half-made stays"
-        assert not killed.ranks()
+    for target, moment in kills:
+        assert killed.kill(target, moment, dice), f"the run ended before {target} could be killed while {moment}"
+    killed.finish()
+
+
+def _shuffled(targets: dict[str, int], moments: dict[str, int]) -> list[tuple[str, str]]:
+    dice = random.Random(SEED)
+    whom, when = list(Counter(targets).elements()), list(Counter(moments).elements())
+    dice.shuffle(whom)
+    dice.shuffle(when)
+    return list(zip(whom, when, strict=True))
 
 
 @pytest.mark.timeout(900)
-def test_a_few_kills_leave_no_trace(image_dataset, tmp_path):
-    _campaign(tmp_path, image_dataset, 30, [("rank", "writing"), ("torchrun", "training")])
+def test_a_kill_leaves_no_trace(image_dataset, undisturbed, tmp_path):
+    with Campaign(tmp_path / "killed", image_dataset, FEW_STEPS) as killed:
+        _kill_again_and_again(killed, [("rank", "writing")])
+        _check(killed, undisturbed(FEW_STEPS))
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(7200)
-def test_twenty_kills_leave_no_trace(image_dataset, tmp_path):
-    dice = random.Random(SEED)
-    moments = ["starting"] * 4 + ["training"] * 9 + ["writing"] * 9
-    targets = ["rank"] * 12 + ["torchrun"] * 5 + ["everything"] * 5
-    dice.shuffle(moments)
-    dice.shuffle(targets)
-    _campaign(tmp_path, image_dataset, 400, list(zip(targets, moments, strict=True)))
+def test_twenty_kills_leave_no_trace(image_dataset, undisturbed, tmp_path):
+    kills = _shuffled({"rank": 12, "torchrun": 5, "everything": 5}, {"starting": 4, "training": 9, "writing": 9})
+    with Campaign(tmp_path / "killed", image_dataset, MANY_STEPS) as killed:
+        _kill_again_and_again(killed, kills)
+        _check(killed, undisturbed(MANY_STEPS))
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(7200)
+def test_kills_under_ray_leave_no_trace(image_dataset, undisturbed, tmp_path, monkeypatch):
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))  # the workers import this checkout
+    monkeypatch.setenv("RAY_worker_niceness", "0")  # by default 15: on a busy machine they would hardly start
+    kills = _shuffled(
+        {"rank": 5, "node": 3, "driver": 3, "everything": 1}, {"starting": 3, "training": 4, "writing": 5}
+    )
+    with RayCampaign(tmp_path / "killed", image_dataset, MANY_STEPS) as killed:
+        for name, value in worker_environment(killed.keys).items():
+            monkeypatch.setenv(name, value)
+        _kill_again_and_again(killed, kills)
+        _check(killed, undisturbed(MANY_STEPS))
+        drivers = [file.read_text() for file in tmp_path.glob("driver-*.txt")]
+        assert not any("left alone" in text for text in drivers), "Ray ended its workers each time"
