@@ -15,6 +15,7 @@ import torch
 
 from pipeline.training.blocks import wrap_blocks
 from pipeline.training.config import EngineConfig
+from pipeline.training.interface import use_interface_towards
 from pipeline.training.loss_scale import LossScale, finish_gradients
 
 if TYPE_CHECKING:
@@ -46,24 +47,26 @@ def join_process_group(timeout_seconds: int) -> torch.device:
 
     Reads RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT, which torchrun, Ray Train, accelerate, DeepSpeed's
     runner and Slurm scripts all set; without them this process is the only rank. NCCL where CUDA is, gloo elsewhere. A
-    peer missing for ``timeout_seconds`` is an error on every rank that waits for it.
+    peer missing for ``timeout_seconds`` is an error on every rank that waits for it, in this group and later ones.
     """
     defaults = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"}
     if "RANK" not in os.environ:
         os.environ.setdefault("MASTER_PORT", str(_free_port()))
     for name, value in defaults.items():
         os.environ.setdefault(name, value)
+    use_interface_towards(os.environ["MASTER_ADDR"])
     cuda = torch.cuda.is_available()
     device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if cuda else torch.device("cpu")
     if cuda:
         torch.cuda.set_device(device)
     deepspeed = import_deepspeed()
+    timeout = datetime.timedelta(seconds=timeout_seconds)
     deepspeed.init_distributed(
-        dist_backend="nccl" if cuda else "gloo",
-        auto_mpi_discovery=False,
-        verbose=False,
-        timeout=datetime.timedelta(seconds=timeout_seconds),
+        dist_backend="nccl" if cuda else "gloo", auto_mpi_discovery=False, verbose=False, timeout=timeout
     )
+    # DeepSpeed sums gradients over a group of its own, which it makes with torch's default of 30 minutes.
+    torch.distributed.distributed_c10d.default_pg_timeout = timeout
+    torch.distributed.distributed_c10d.default_pg_nccl_timeout = timeout
     return device
 
 

@@ -7,6 +7,7 @@ import shutil
 import pytest
 import torch
 
+from pipeline.training.config import EngineConfig
 from tests.distributed.harness import run_ranks
 from tests.models import speech
 from tests.training.engine_steps import (
@@ -142,3 +143,17 @@ def test_compiled_blocks_train_the_same():
                 atol=1e-5 * float(values.abs().max()) + 1e-9,
                 msg=lambda text, name=name: f"{name}: {text}",
             )
+
+
+def longest_wait(seconds):
+    from pipeline.training.engine import build_engine, join_process_group
+
+    join_process_group(seconds)
+    model = torch.nn.Linear(2, 2)
+    engine, _ = build_engine(model, torch.optim.AdamW(model.parameters()), EngineConfig(), accumulation=1)
+    group = engine.data_parallel_group._get_backend(torch.device("cpu"))
+    return group.options._timeout.total_seconds()
+
+
+def test_no_rank_waits_longer_for_gradients_than_for_anything_else():
+    assert run_ranks(longest_wait, 2, 17) == [17, 17]

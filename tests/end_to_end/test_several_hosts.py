@@ -1,0 +1,113 @@
+"""Ranks on several hosts, one of which loses the network. The hosts are namespaces: `tests/distributed/hosts.py`."""
+
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from pipeline.training.run_folder import Run
+from tests.distributed.hosts import Host, hosts, why_not
+
+RECIPE = "image/autoencoder_tiny_ksom"
+RANKS_PER_HOST = 2
+DEADLINE = 300.0  # seconds for anything that is waited for
+ENVIRONMENT = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "RAY_USAGE_STATS_ENABLED": "0"}
+ENVIRONMENT["PYTHONPATH"] = str(Path(__file__).parents[2])
+
+pytestmark = pytest.mark.skipif(bool(why_not()), reason=why_not())
+
+
+def _overrides(dataset: Path, steps: int, timeout: int) -> list[str]:
+    return [
+        f"data.path={dataset}",
+        "batch.micro_batches=4",
+        "batch.samples=4",
+        "data.image_size=32",
+        "quantizer.codes=16",
+        "quantizer.grid=[4,4]",
+        "model.channels=16",
+        "model.residual_channels=8",
+        f"training.steps={steps}",
+        "training.log_every=1",
+        "training.checkpoint_every=5",
+        f"training.collective_timeout={timeout}",
+        "schedule.warmup_steps=2",
+    ]
+
+
+def _torchrun(every: list[Host], module: list[str], folder: Path, ranks: int) -> list[subprocess.Popen]:
+    """torchrun on each host, the ranks meeting at the first's address."""
+    first = [f"--master-addr={every[0].address}", "--master-port=29500", "--max-restarts=0"]
+    started = []
+    for host in every:
+        nodes = [f"--nnodes={len(every)}", f"--node-rank={host.number - 1}", f"--nproc-per-node={ranks}"]
+        command = [sys.executable, "-m", "torch.distributed.run", *nodes, *first, *module]
+        started.append(host.start(command, folder / f"{host.name}.log", ENVIRONMENT))
+    return started
+
+
+def _said(folder: Path) -> str:
+    return "".join(f"--- {log.name}\n{log.read_text()[-3000:]}\n" for log in sorted(folder.glob("*.log")))
+
+
+def _wait(what: str, condition, started: list[subprocess.Popen], folder: Path) -> None:
+    """Until it holds, while all that was started runs."""
+    until = time.monotonic() + DEADLINE
+    while not condition():
+        ended = [process.poll() for process in started if process.poll() is not None]
+        assert not ended, f"{what} did not come, processes ended with {ended}\n{_said(folder)}"
+        assert time.monotonic() < until, f"{what} did not come in {DEADLINE:g} s\n{_said(folder)}"
+        time.sleep(0.05)
+
+
+@pytest.mark.timeout(120)
+def test_a_host_that_is_cut_off_is_an_error_on_both_sides(tmp_path):
+    """A bare process group that chooses its interface and its timeouts as training does. Without the choice the ranks
+    would offer one another 127.0.1.1."""
+    script = tmp_path / "rank.py"
+    script.write_text(
+        "import datetime, os, socket, sys, time, torch\n"
+        "from torch import distributed\n"
+        "from pipeline.training.interface import use_interface_towards\n"
+        "use_interface_towards(os.environ['MASTER_ADDR'])\n"
+        "distributed.init_process_group('gloo', timeout=datetime.timedelta(seconds=5))\n"
+        "total = torch.ones(1)\n"
+        "distributed.all_reduce(total)\n"
+        "print('sum', total.item(), os.environ['GLOO_SOCKET_IFNAME'], socket.gethostname(), flush=True)\n"
+        "try:\n"
+        "    while True:\n"
+        "        distributed.all_reduce(total)\n"
+        "except RuntimeError as error:\n"
+        "    print('lost:', error, flush=True)\n"
+        "    os._exit(1)\n"
+    )
+    with hosts(2, tmp_path) as both:
+        started = _torchrun(both, [str(script)], tmp_path, 1)
+        logs = [tmp_path / f"{host.name}.log" for host in both]
+        _wait("the first sum", lambda: all("sum 2.0 eth0 host" in log.read_text() for log in logs), started, tmp_path)
+        both[1].cut_off()
+        codes = [process.wait(DEADLINE) for process in started]
+    for log, code in zip(logs, codes, strict=True):
+        assert code == 1
+        assert "lost: " in log.read_text()
+        assert "imed out" in log.read_text()
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_training_under_torchrun_ends_when_a_host_is_cut_off(image_dataset, tmp_path):
+    run = Run(tmp_path / "run")
+    module = ["-m", "pipeline.training", RECIPE, *_overrides(image_dataset, 5000, 10), "--run-dir", str(run.path)]
+    with hosts(2, tmp_path) as both:
+        started = _torchrun(both, module, tmp_path, RANKS_PER_HOST)
+        _wait("a checkpoint", lambda: len(run.list_checkpoints()) > 0, started, tmp_path)
+        both[1].cut_off()
+        codes = [process.wait(DEADLINE) for process in started]
+    assert codes == [1, 1]
+    for number in (1, 2):
+        words = (tmp_path / f"host{number}.log").read_text()
+        assert f"on host{number} lost another rank" in words
+        assert f"process {run.environment()['ranks'][0]['pid']} on host1" in words, "whom to look at"
+    assert run.latest_checkpoint() is not None
