@@ -26,7 +26,9 @@ CHANCE = 0.99
 FEWEST_VALID_NEGATIVES = 0.5
 """Share of distractors that differ from their positive: below, most ask nothing."""
 SLOW_RANK = 1.5
-"""Times of the middle rank that a rank may take for its own work."""
+"""Times of the middle rank that a rank may take for its own work,"""
+SLOW_RANK_SECONDS = 1.0
+"""and seconds between two lines that it may take more: rank 0 writes the log."""
 SPIKE_WINDOW = 32
 """Lines that a loss is compared with."""
 FEWEST_LINES = 8
@@ -115,7 +117,7 @@ def stuck_at_chance(values: Mapping[str, Any], negatives: int) -> dict[str, str]
 def slow_rank(values: Mapping[str, Any]) -> dict[Hashable, str]:
     """That one rank keeps the others waiting, or nothing."""
     slowest, middle = values.get("slowest_rank_seconds", 0.0), values.get("middle_rank_seconds", 0.0)
-    if not slowest > SLOW_RANK * middle:
+    if not slowest > max(SLOW_RANK * middle, middle + SLOW_RANK_SECONDS):
         return {}
     rank = values["slowest_rank"]
     return {

@@ -69,6 +69,8 @@ def test_a_slow_rank_changes_nothing_and_is_named(image_dataset, undisturbed, tm
 
 def test_a_rank_that_stays_slow_is_warned_of():
     alarms = Alarms()
+    short = {"slowest_rank": 0, "slowest_rank_seconds": 0.15, "middle_rank_seconds": 0.04}
+    assert not any(alarms.warnings(step, short, []) for step in range(10))
     even = {"slowest_rank": 0, "slowest_rank_seconds": 1.1, "middle_rank_seconds": 1.0}
     slow = {"slowest_rank": 3, "slowest_rank_seconds": 2.1, "middle_rank_seconds": 1.0}
     assert not any(alarms.warnings(step, even, []) for step in range(10))
