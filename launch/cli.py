@@ -245,11 +245,16 @@ def launch(
     run: Annotated[Path, typer.Option(help="Run folder, on a file system that all nodes see.")] = ...,  # type: ignore[assignment]
     nodes: Annotated[int, typer.Option(min=1)] = 1,
     ranks_per_node: Annotated[int, typer.Option(min=1)] = 1,
+    gpus: Annotated[bool, typer.Option(help="slurm, kubernetes: ask for a GPU a rank; ray: use them if there.")] = True,
     failures: Annotated[int, typer.Option(min=0, help="ray: dead worker groups to replace before giving up.")] = 3,
     ray_address: RayAddress = None,
     hostfile: Annotated[Path | None, typer.Option(help="hostfile: one `host slots=N` a line.")] = None,
     image: Annotated[str, typer.Option(help="kubernetes: container image with Tessera in it.")] = "tessera:latest",
-    time_limit: Annotated[str, typer.Option(help="slurm: time limit of the job.")] = "24:00:00",
+    time_limit: Annotated[str, typer.Option(help="slurm: time limit of the job, as sbatch takes it.")] = "24:00:00",
+    sbatch: Annotated[
+        list[str] | None,
+        typer.Option(metavar="NAME=VALUE", help="slurm: one more option of sbatch, such as partition=long; repeat it."),
+    ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print what would run, and start nothing.")] = False,
 ) -> None:
     """Train on a cluster."""
@@ -263,11 +268,13 @@ def launch(
             run,
             nodes=nodes,
             ranks_per_node=ranks_per_node,
+            gpus=gpus,
             failures=failures,
             ray_address=ray_address,
             hostfile=hostfile,
             image=image,
             time_limit=time_limit,
+            sbatch_options=sbatch or [],
             dry_run=dry_run,
         )
     )

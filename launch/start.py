@@ -42,40 +42,67 @@ def start(
     *,
     nodes: int,
     ranks_per_node: int,
+    gpus: bool,
     failures: int,
     ray_address: str | None,
     hostfile: Path | None,
     image: str,
     time_limit: str,
+    sbatch_options: Sequence[str],
     dry_run: bool,
 ) -> int:
     """`tessera launch`: the same recipe on a backend. Raises RecipeError or ValueError before anything starts."""
     ranks = nodes * ranks_per_node
-    if backend == "local":
-        if nodes != 1:
-            raise ValueError(
-                f"--nodes {nodes} with --on local: local is this machine alone, use --nodes 1 or another --on"
-            )
-        if dry_run:
-            check_run(recipe_name, overrides, run, ranks)
-            print(shlex.join(local.local_command(recipe_name, overrides, run, ranks)))
-            return 0
-        return start_locally(recipe_name, overrides, run, ranks)
+    if backend == "local" and nodes != 1:
+        raise ValueError(f"--nodes {nodes} with --on local: local is this machine alone, use --nodes 1 or another --on")
+    if backend in ("local", "hostfile") and not gpus:
+        raise ValueError(f"--no-gpus with --on {backend}: it trains on what its machines have; leave the option out")
+    if backend == "kubernetes":
+        return _start_on_kubernetes(recipe_name, overrides, run, nodes, ranks_per_node, gpus, failures, image, dry_run)
 
     recipe = check_run(recipe_name, overrides, run, ranks)
+    if backend == "local":
+        if not dry_run:
+            return start_locally(recipe_name, overrides, run, ranks)
+        print(shlex.join(local.local_command(recipe_name, overrides, run, ranks)))
+        return 0
     if backend == "ray":
-        return _start_on_ray(recipe, run, ranks, failures, ray_address, dry_run)
+        return _start_on_ray(recipe, run, ranks, gpus, failures, ray_address, dry_run)
+    job = files.Job(recipe.name, recipe_name, overrides, run.absolute(), nodes, ranks_per_node, gpus)
     if backend == "hostfile":
-        hosts = files.read_hostfile(hostfile, nodes, ranks_per_node)
-        command = files.deepspeed_command(hosts, recipe_name, overrides, run, nodes, ranks_per_node)
-        return _run_or_show(command, "", dry_run)
-    if backend == "slurm":
-        script = files.sbatch_script(recipe.name, recipe_name, overrides, run, nodes, ranks_per_node, time_limit)
-        file = run / "job.sbatch"
-        return _run_or_show(["sbatch", str(file)], script, dry_run, file)
-    manifest = files.ray_job_manifest(recipe.name, recipe_name, overrides, run, nodes, ranks_per_node, failures, image)
-    file = run / "rayjob.yaml"
-    return _run_or_show(["kubectl", "create", "-f", str(file)], manifest, dry_run, file)
+        command = files.deepspeed_command(job, files.read_hostfile(hostfile, nodes, ranks_per_node))
+        if not dry_run:
+            from launch.hosts import train_on_hosts
+
+            return train_on_hosts(command, job.run, recipe)
+        print(f"PDSH_SSH_ARGS_APPEND={shlex.quote(files.SSH_OPTIONS)} {shlex.join(command)}")
+        return 0
+    return _hand_over(files.sbatch_script(job, time_limit, sbatch_options), ["sbatch"], dry_run, job.run)
+
+
+def _start_on_kubernetes(
+    recipe_name: str,
+    overrides: Sequence[str],
+    run: Path,
+    nodes: int,
+    ranks_per_node: int,
+    gpus: bool,
+    failures: int,
+    image: str,
+    dry_run: bool,
+) -> int:
+    """The paths are those of the pods: nothing is looked for on this machine but the recipe."""
+    from pipeline.data.storage import is_remote
+    from recipes.schema import load_recipe
+
+    recipe = load_recipe(recipe_name, overrides)
+    recipe.check_ranks(nodes * ranks_per_node)
+    shared = [run, *(Path(source.path) for source in recipe.data_sources if not is_remote(source.path))]
+    if Path(recipe_name).is_file():
+        shared.append(Path(recipe_name))
+    job = files.Job(recipe.name, recipe_name, overrides, run, nodes, ranks_per_node, gpus)
+    manifest = files.ray_job_manifest(job, shared, failures, image)
+    return _hand_over(manifest, ["kubectl", "create", "-f", "-"], dry_run)
 
 
 def check_run(recipe_name: str, overrides: Sequence[str], run: Path, ranks: int):
@@ -93,7 +120,9 @@ def check_run(recipe_name: str, overrides: Sequence[str], run: Path, ranks: int)
     return recipe
 
 
-def _start_on_ray(recipe, run: Path, ranks: int, failures: int, ray_address: str | None, dry_run: bool) -> int:
+def _start_on_ray(
+    recipe, run: Path, ranks: int, gpus: bool, failures: int, ray_address: str | None, dry_run: bool
+) -> int:
     if dry_run:
         where = ray_address or "this machine"
         print(
@@ -108,27 +137,25 @@ def _start_on_ray(recipe, run: Path, ranks: int, failures: int, ray_address: str
     recipe_file = run / "launched.yaml"
     recipe_file.write_text(recipe.to_yaml())
     with ray_session(ray_address), Follow(run, recipe.training.steps, recipe.name, warnings=True):
-        finished = train_on_ray(recipe_file, run, ranks, failures=failures)
+        finished = train_on_ray(recipe_file, run, ranks, failures=failures, use_gpu=None if gpus else False)
     if not finished:
         print(f"stopped before its end; the same command goes on from {run}")
     return 0 if finished else RESUME_ME
 
 
-def _run_or_show(command: Sequence[str], text: str, dry_run: bool, file: Path | None = None) -> int:
-    """Print the file and the command, or write the one and run the other."""
+def _hand_over(text: str, command: Sequence[str], dry_run: bool, folder: Path | None = None) -> int:
+    """Give ``command`` the text to read, once ``folder`` is there; or print the text and what it would be given to."""
     if dry_run:
-        if text:
-            print(text)
-        print(("# " if text else "") + shlex.join(command))
+        make = f"mkdir -p {shlex.quote(str(folder))} && " if folder else ""
+        print(f"{text}\n# tessera launch gives this file to: {make}{shlex.join(command)}")
         return 0
     if shutil.which(command[0]) is None:
         raise ValueError(
             f"{command[0]} is not on this machine: run this where it is, or add --dry-run to see what would run"
         )
-    if file is not None:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_text(text)
-    return subprocess.run(command, check=False).returncode
+    if folder is not None:
+        folder.mkdir(parents=True, exist_ok=True)  # Slurm does not make the folder of its log
+    return subprocess.run(command, input=text, text=True, check=False).returncode
 
 
 def _default_ranks() -> int:

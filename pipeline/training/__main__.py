@@ -32,6 +32,7 @@ def main() -> int:
     if rest:
         parser.error(f"unknown arguments: {' '.join(rest)}")
     leave_when_told(arguments.interrupted_code)
+    share_cores()
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # gloo announces each connection as a warning
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
 
@@ -56,6 +57,16 @@ def main() -> int:
         return arguments.interrupted_code
     collectives.leave()
     return 0
+
+
+def share_cores() -> None:
+    """Give this rank its part of the cores under DeepSpeed's launcher, which leaves them all to each rank of a node.
+
+    What else starts ranks shares them out itself. Before torch is imported.
+    """
+    if "LOCAL_SIZE" in os.environ:
+        threads = len(os.sched_getaffinity(0)) // int(os.environ["LOCAL_SIZE"])
+        os.environ.setdefault("OMP_NUM_THREADS", str(max(1, threads)))
 
 
 if __name__ == "__main__":
