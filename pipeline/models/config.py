@@ -5,6 +5,7 @@ Pure pydantic, no torch: the schema and the command line read it without loading
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
@@ -47,6 +48,11 @@ class Wav2Vec2Config(BaseModel):
     logit_temperature: float = Field(0.1, gt=0, description="κ: cosine similarities are divided by it")
     feature_penalty: float = Field(10.0, ge=0, description="weight of the features' mean square")
     masking: MaskingConfig = Field(default_factory=MaskingConfig)
+    initialise_from: Path | None = Field(
+        None,
+        description="checkpoint of fairseq, fairseq2, Hugging Face or `tessera export` whose weights a new run starts "
+        "with: a file, or a folder with config.json or recipe.yaml",
+    )
 
     @property
     def feature_dim(self) -> int:

@@ -111,8 +111,8 @@ class Wav2Vec2Pretraining(nn.Module):
         short = [count for count in samples if count < field]
         if short:
             raise ValueError(
-                f"{len(short)} of {len(samples)} clips have fewer audio samples, {min(short)} for one, than the {field} "
-                "of a frame of model.conv_layers: leave them out, as data.min_seconds does"
+                f"{len(short)} of {len(samples)} clips have fewer audio samples, {min(short)} for one, than the "
+                f"{field} of a frame of model.conv_layers: leave them out, as data.min_seconds does"
             )
         waveforms = waveforms.to(self.mask_embedding.dtype)
         layout = BatchLayout.of(waveforms, seq_lens=samples)

@@ -17,6 +17,7 @@ from pipeline.codebooks import CodebookSync, initialise_codebooks
 from pipeline.data import SamplingPlan, build_loader, open_data
 from pipeline.data.storage import write_whole
 from pipeline.models import build_collation, build_model
+from pipeline.models.initialise import initialise
 from pipeline.training.alarms import Alarms
 from pipeline.training.checkpoint import CheckpointError, find_latest, load_checkpoint, read_manifest
 from pipeline.training.checkpoint_writer import CheckpointWriter, Retention
@@ -87,6 +88,8 @@ def train(recipe: Recipe, run_dir: str | Path, *, profile: bool = False) -> Run:
             prefetch=recipe.data.prefetch,
         )
 
+    if checkpoint is None:
+        _warn(initialise(model, recipe))
     if checkpoint is None and recipe.codebooks.initialise == "kmeans":
         first_steps = load(0, recipe.codebooks.initialise_steps)
         batches = (batch.to(device) for step in first_steps for batch in step)
