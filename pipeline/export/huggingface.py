@@ -1,7 +1,10 @@
-"""The speech encoder as a `Wav2Vec2Model` of Hugging Face transformers.
+"""The speech encoder as a model of Hugging Face transformers.
 
-In: our model, whose frontend and encoder are fairseq2's. Out: config.json, model.safetensors, preprocessor_config.json.
-The weights are renamed, never computed with: transformers gives the same features bit for bit.
+In: our model, whose frontend and encoder are fairseq2's. Out: config.json, model.safetensors, preprocessor_config.json:
+a `Wav2Vec2ForPreTraining` with quantizer and projections for `gumbel`, the one quantizer that transformers knows, and
+the encoder alone, a `Wav2Vec2Model`, for other kinds. `Wav2Vec2Model.from_pretrained` reads both. The weights are
+renamed, never computed with: transformers gives the same features bit for bit. Its ``extract_features`` are what our
+quantizers see, so `load_quantizer(folder).encode(output.extract_features)` gives codes.
 """
 
 from __future__ import annotations
@@ -41,20 +44,35 @@ _RENAMES = [
     (r"encoder\.layers\.(\d+)\.ffn_layer_norm\.(.*)", r"encoder.layers.\1.final_layer_norm.\2"),
     (r"mask_embedding", "masked_spec_embed"),
 ]  # fmt: skip
+_PRETRAINING_RENAMES = {
+    "quantizer.head.weight": "quantizer.weight_proj.weight",
+    "quantizer.head.bias": "quantizer.weight_proj.bias",
+    "context_projection.weight": "project_hid.weight",
+    "context_projection.bias": "project_hid.bias",
+    "target_projection.weight": "project_q.weight",
+    "target_projection.bias": "project_q.bias",
+}
 _OURS_ALONE = ("quantizer.", "context_projection.", "target_projection.")
 
 
 def write_huggingface(model: Any, recipe: Recipe, folder: Path) -> None:
-    """Write ``folder`` so that ``Wav2Vec2Model.from_pretrained(folder)`` gives our encoder.
+    """Write ``folder`` so that ``Wav2Vec2Model.from_pretrained(folder)`` gives our encoder, and with a ``gumbel``
+    quantizer ``Wav2Vec2ForPreTraining.from_pretrained(folder)`` all of our model.
 
     Raises ValueError, naming them, for weights that have no place there.
     """
-    from transformers import Wav2Vec2FeatureExtractor, Wav2Vec2Model
+    from transformers import Wav2Vec2FeatureExtractor, Wav2Vec2ForPreTraining, Wav2Vec2Model
 
     config = huggingface_config(recipe)
-    theirs = Wav2Vec2Model(config).eval()
-    theirs.load_state_dict(huggingface_state(model.state_dict(), config.hidden_size))
-    theirs.save_pretrained(folder)
+    theirs: Any
+    if recipe.quantizer.kind == "gumbel":
+        config.update(_quantizer_config(model.quantizer))
+        theirs = Wav2Vec2ForPreTraining(config)
+        theirs.load_state_dict(pretraining_state(model.state_dict(), config.hidden_size))
+    else:
+        theirs = Wav2Vec2Model(config)
+        theirs.load_state_dict(huggingface_state(model.state_dict(), config.hidden_size))
+    theirs.eval().save_pretrained(folder)
     Wav2Vec2FeatureExtractor(
         feature_size=1,
         sampling_rate=SAMPLE_RATE,
@@ -91,13 +109,35 @@ def huggingface_config(recipe: Recipe) -> Any:
         num_conv_pos_embeddings=model.position_kernel,
         num_conv_pos_embedding_groups=model.position_groups,
         do_stable_layer_norm=model.norm_order == "pre",
-        mask_time_prob=model.masking.probability / model.masking.length,
+        mask_time_prob=model.masking.probability,  # theirs too is the share of frames before spans overlap
         mask_time_length=model.masking.length,
         mask_time_min_masks=model.masking.minimum_spans,
         num_negatives=model.masking.negatives,
         contrastive_logits_temperature=model.logit_temperature,
         proj_codevector_dim=model.final_dim,
     )
+
+
+def _quantizer_config(quantizer: Any) -> dict[str, Any]:
+    """transformers' settings of a Gumbel quantizer. It keeps the temperature neither in its configuration nor in its
+    weights: ``gumbel_temperature`` is what to give to ``set_gumbel_temperature`` when training goes on.
+    """
+    return {
+        "num_codevector_groups": quantizer.groups,
+        "num_codevectors_per_group": quantizer.codes,
+        "codevector_dim": quantizer.dim,
+        "diversity_loss_weight": quantizer.config.diversity_weight,
+        "gumbel_temperature": float(quantizer.temperature()),
+    }
+
+
+def pretraining_state(state: dict[str, Tensor], model_dim: int) -> dict[str, Tensor]:
+    """The state dict of a model with a Gumbel quantizer under the names of ``Wav2Vec2ForPreTraining``."""
+    renamed = {f"wav2vec2.{name}": tensor for name, tensor in huggingface_state(state, model_dim).items()}
+    renamed |= {theirs: state[ours] for ours, theirs in _PRETRAINING_RENAMES.items()}
+    # (groups, codes, code_dim) → (1, groups · codes, code_dim): group g's codes start at g · codes
+    renamed["quantizer.codevectors"] = state["quantizer.code_vectors.weight"].flatten(0, 1).unsqueeze(0)
+    return renamed
 
 
 def huggingface_state(state: dict[str, Tensor], model_dim: int) -> dict[str, Tensor]:

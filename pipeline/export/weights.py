@@ -1,6 +1,6 @@
 """`export`: a run's weights in a format that others load.
 
-In: a run folder and a format. Out: a folder, written beside and renamed (design rule 7).
+In: a run folder and a format. Out: a folder, written beside, fsynced and renamed (design rule 7).
 """
 
 from __future__ import annotations
@@ -10,7 +10,9 @@ import os
 import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from uuid import uuid4
 
+from pipeline.data.storage import fsync_folder
 from pipeline.training.run_folder import Run
 
 if TYPE_CHECKING:
@@ -23,33 +25,37 @@ CODEBOOK_FILE = "codebook.safetensors"
 def export(run: str | Path, out: str | Path, format: str = "huggingface") -> Path:
     """Write the weights of ``run``'s latest checkpoint to the new folder ``out`` and return it.
 
-    huggingface: a ``Wav2Vec2Model`` folder for transformers; fairseq2: ``model.pt`` with fairseq2's names;
-    safetensors: the whole state dict with ours. Each with ``codebook.safetensors``, which :func:`load_quantizer` reads,
-    and the recipe.
+    huggingface: a ``Wav2Vec2Model`` folder for transformers, with a ``gumbel`` quantizer a ``Wav2Vec2ForPreTraining``;
+    fairseq2: ``model.pt`` and the asset card ``model.yaml``; safetensors: the whole state dict under our names. Each
+    with ``codebook.safetensors``, which :func:`load_quantizer` reads, and the recipe.
 
     Raises ValueError for an unknown format, for a format that does not know the model, and FileExistsError when ``out``
-    holds something.
+    holds something. After an error ``out`` is as it was.
     """
     out = Path(out)
     writers = {"huggingface": _huggingface, "fairseq2": _fairseq2, "safetensors": _safetensors}
     if format not in writers:
         raise ValueError(f"format={format!r}: use {', '.join(writers)}")
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise FileExistsError(f"{out} exists already: give a new folder")
+    if out.is_dir() and any(out.iterdir()):
+        raise FileExistsError(f"{out} holds files already: give a new folder")
+    if out.exists() and not out.is_dir():
+        raise FileExistsError(f"{out} is a file: give a new folder")
     model, recipe = Run(run).load_model()
     if format != "safetensors" and recipe.data_kind != "speech":
         raise ValueError(f"format={format} has no model like {recipe.model.kind}: use safetensors")
     out.parent.mkdir(parents=True, exist_ok=True)
-    beside = out.with_name(f".{out.name}.partial-{os.getpid()}")
-    shutil.rmtree(beside, ignore_errors=True)
+    beside = out.with_name(f".{out.name}.partial-{uuid4().hex}")
     beside.mkdir()
     try:
         writers[format](model, recipe, beside)
         write_codebook(model, recipe, beside)
         (beside / "recipe.yaml").write_text(recipe.to_yaml())
-        if out.exists():
-            out.rmdir()
-        beside.rename(out)
+        for file in beside.iterdir():
+            with file.open("rb") as stream:
+                os.fsync(stream.fileno())
+        fsync_folder(beside)
+        beside.rename(out)  # an empty folder gives way, one that was filled meanwhile does not
+        fsync_folder(out.parent)
     finally:
         shutil.rmtree(beside, ignore_errors=True)
     return out
@@ -99,21 +105,9 @@ def _huggingface(model: Any, recipe: Recipe, folder: Path) -> None:
 
 
 def _fairseq2(model: Any, recipe: Recipe, folder: Path) -> None:
-    """``model.pt`` as fairseq2's checkpoints are: {"model": state dict} under the names of its Wav2Vec2Model."""
-    import torch
+    from pipeline.export.fairseq2 import write_fairseq2
 
-    names = {
-        "frontend": "encoder_frontend",
-        "encoder": "encoder",
-        "context_projection": "final_proj",
-        "target_projection": "final_target_proj",
-        "quantizer": "quantizer",
-    }
-    state = {"masker.temporal_mask_embed": model.mask_embedding.detach()}
-    for ours, theirs in names.items():
-        for name, tensor in getattr(model, ours).state_dict().items():
-            state[f"{theirs}.{name}"] = tensor
-    torch.save({"model": state}, folder / "model.pt")
+    write_fairseq2(model, recipe, folder)
 
 
 def _safetensors(model: Any, recipe: Recipe, folder: Path) -> None:

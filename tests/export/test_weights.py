@@ -1,12 +1,11 @@
 """Exported folders are whole, and the libraries that they are for load them."""
 
 import json
+import os
+from pathlib import Path
 
 import pytest
-import soundfile  # noqa: F401 - before fairseq2
 import torch
-from fairseq2.models.wav2vec2 import Wav2Vec2Factory
-from fairseq2.nn import BatchLayout
 from safetensors import safe_open
 from safetensors.torch import load_file
 
@@ -16,7 +15,6 @@ from pipeline.export import weights as weights_module
 from pipeline.export.huggingface import compare_with_transformers
 from pipeline.export.weights import write_codebook
 from pipeline.models import build_model
-from pipeline.models.speech import fairseq2_config
 from pipeline.training.run_folder import Run
 from recipes.schema import load_recipe
 from tests.models.speech import make_batch, tiny_model
@@ -38,25 +36,6 @@ def test_the_comparison_sees_other_weights(small_speech_run, tmp_path):
     weights["encoder.layer_norm.bias"] += 0.1
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
     assert compare_with_transformers(small_speech_run, folder, clips=1) > 1e-3
-
-
-@torch.no_grad()
-def test_fairseq2_loads_it_under_its_own_names(small_speech_run, tmp_path):
-    folder = export(small_speech_run, tmp_path / "fairseq2", format="fairseq2")
-    model, recipe = Run(small_speech_run).load_model()
-    config = fairseq2_config(recipe.model)
-    config.quantized_dim = model.quantizer.dim
-    theirs = Wav2Vec2Factory(config).create_model().eval()
-    state = torch.load(folder / "model.pt", weights_only=True)["model"]
-    missing, unexpected = theirs.load_state_dict(state, strict=False)
-    assert all(name.startswith("quantizer.") for name in [*missing, *unexpected]), (missing, unexpected)
-    waveforms, lengths = torch.randn(2, 16_000), [16_000, 12_345]
-    features, layout, _ = theirs.encoder_frontend.extract_features(waveforms, BatchLayout.of(waveforms, lengths))
-    features, _ = theirs.encoder_frontend.process_features(features, layout, None)
-    assert torch.equal(theirs.encoder(features, layout), model.extract(waveforms, torch.tensor(lengths)))
-    assert torch.equal(theirs.masker.temporal_mask_embed, model.mask_embedding)
-    assert torch.equal(theirs.final_proj.weight, model.context_projection.weight)
-    assert torch.equal(theirs.final_target_proj.weight, model.target_projection.weight)
 
 
 def test_safetensors_holds_the_whole_state(image_run, tmp_path):
@@ -152,6 +131,8 @@ def test_a_folder_that_holds_something_is_left_alone(image_run, tmp_path):
     with pytest.raises(FileExistsError, match="give a new folder"):
         export(image_run, tmp_path, format="safetensors")
     assert (tmp_path / "mine").read_text() == "keep"
+    with pytest.raises(FileExistsError, match="mine is a file: give a new folder"):
+        export(image_run, tmp_path / "mine", format="safetensors")
     (tmp_path / "empty").mkdir()
     assert (export(image_run, tmp_path / "empty", format="safetensors") / "model.safetensors").is_file()
 
@@ -166,3 +147,33 @@ def test_a_failed_export_leaves_nothing(image_run, tmp_path, monkeypatch):
     with pytest.raises(OSError, match="No space left"):
         export(image_run, tmp_path / "out", format="safetensors")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_folder_filled_while_exporting_is_left_alone(image_run, tmp_path, monkeypatch):
+    """Another export was faster."""
+    out = tmp_path / "out"
+
+    def fill(*_):
+        out.mkdir()
+        (out / "theirs").write_text("keep")
+
+    monkeypatch.setattr(weights_module, "write_codebook", fill)
+    with pytest.raises(OSError, match="not empty"):
+        export(image_run, out, format="safetensors")
+    assert [file.name for file in tmp_path.rglob("*")] == ["out", "theirs"]
+
+
+def test_all_is_on_the_disk_before_the_folder_has_its_name(image_run, tmp_path, monkeypatch):
+    """After a power cut a renamed folder may hold empty files, unless each file and both folders were synced."""
+    out, synced, fsync = tmp_path / "out", [], os.fsync
+
+    def record(descriptor):
+        synced.append((Path(f"/proc/self/fd/{descriptor}").readlink().name, out.exists()))
+        fsync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", record)
+    export(image_run, out, format="safetensors")
+    before = {name for name, renamed in synced if not renamed}
+    assert {file.name for file in out.iterdir()} < before
+    assert any(name.startswith(".out.partial-") for name in before)
+    assert synced[-1] == (tmp_path.name, True)
