@@ -9,16 +9,14 @@ from __future__ import annotations
 
 import logging
 import os
-import signal
 import threading
 from contextlib import suppress
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 from launch.ray_places import JOIN_SECONDS, Places
+from launch.stop_file import StopFile
 from pipeline.training.checkpoint import MANIFEST, checkpoint_name
-from pipeline.training.stop import SIGNALS, STOP_FILE
 
 logger = logging.getLogger("tessera")
 
@@ -103,7 +101,7 @@ def _fit(trainer: Any, run: Path, last: Path, places: Places) -> None:
     thread = threading.Thread(target=fit, name="tessera-ray-train", daemon=True)
     watch = RayWatch(head_returns=True)
     patience, unheard = END_SECONDS, 0.0
-    with _StopFile(run / STOP_FILE) as stop, places:
+    with StopFile(run) as stop, places:
         thread.start()
         while thread.is_alive() and patience > 0:
             thread.join(_LOOK_EVERY)
@@ -122,34 +120,6 @@ def _fit(trainer: Any, run: Path, last: Path, places: Places) -> None:
         )
     elif errors:
         raise LaunchError(f"training into {run} failed: {_root_cause(errors[0])}") from errors[0]
-
-
-class _StopFile:
-    """Context manager: within it a signal to stop is ``wanted``, and the run's stop file once it is passed on."""
-
-    def __init__(self, file: Path) -> None:
-        self.wanted = False
-        self._file = file
-        self._before: dict[signal.Signals, Any] = {}
-
-    def __enter__(self) -> _StopFile:
-        self._file.unlink(missing_ok=True)  # of a launch before, whose workers never came to read it
-        if threading.current_thread() is threading.main_thread():
-            self._before = {number: signal.signal(number, self._note) for number in SIGNALS}
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
-        self._file.unlink(missing_ok=True)
-
-    def pass_on(self) -> None:
-        """Write the file, once there was a signal."""
-        if self.wanted:
-            self._file.touch()
-
-    def _note(self, _: int, __: FrameType | None) -> None:
-        self.wanted = True
 
 
 def _train_on_this_worker(config: dict[str, Any]) -> None:
