@@ -62,6 +62,11 @@ class Backend(StrEnum):
     kubernetes = "kubernetes"
 
 
+class Device(StrEnum):
+    cpu = "cpu"
+    gpu = "gpu"
+
+
 class ExportFormat(StrEnum):
     huggingface = "huggingface"
     fairseq2 = "fairseq2"
@@ -212,11 +217,18 @@ def plan(
     recipe: RecipeArgument,
     overrides: Overrides = None,
     ranks: Annotated[int, typer.Option(min=1, help="Ranks the memory and the command are for.")] = 1,
+    rate: Annotated[
+        float | None,
+        typer.Option(
+            min=1e-9, help="Seconds of speech, or images, a second on all ranks: a log's audio_ or samples_per_second."
+        ),
+    ] = None,
+    device: Annotated[Device, typer.Option(help="What ranks run on: kernels of a GPU keep other things.")] = Device.gpu,
 ) -> None:
-    """What a run would need: parameters, memory a rank, samples, steps, padding; nothing is trained."""
+    """What a run would need: parameters, memory a rank, samples, steps, time, padding; nothing is trained."""
     from launch.plan import print_plan
 
-    print_plan(recipe, overrides or [], ranks)
+    print_plan(recipe, overrides or [], ranks, rate, device.value)
 
 
 @app.command()

@@ -1,0 +1,100 @@
+"""The plan of a rank's memory against real training, as torch's own allocator counts it."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from launch.plan import plan_memory
+from pipeline.data import open_data
+from pipeline.models import build_model
+from pipeline.training.activations import measure_activations, micro_batch_shapes
+from recipes.schema import load_recipe
+
+IMAGE, SPEECH = "image/autoencoder_tiny_ksom", "speech/wav2vec2_tiny"
+LIMIT = 0.15  # the largest share by which a plan may be off
+FAST = [(2, IMAGE, ["engine.zero_stage=2"]), (1, SPEECH, ["engine.zero_stage=1", "engine.precision=bf16"])]
+LAYOUTS = [
+    (ranks, recipe, [f"engine.zero_stage={stage}", f"engine.precision={precision}", *more])
+    for recipe in (IMAGE, SPEECH)
+    for ranks in (1, 2)
+    for stage in range(4)
+    for precision in ("fp32", "bf16")
+    for more in ([], ["engine.activation_checkpointing=true"])
+]
+
+
+@pytest.mark.parametrize("cases", [FAST, pytest.param(LAYOUTS, marks=pytest.mark.slow)], ids=["two", "all"])
+def test_the_plan_is_what_training_takes(cases, image_dataset, speech_dataset, tmp_path):
+    folders = {IMAGE: image_dataset, SPEECH: speech_dataset}
+    common = ["training.steps=4", "schedule.warmup_steps=1"]
+    full = [(ranks, recipe, [f"data.path={folders[recipe]}", *common, *more]) for ranks, recipe, more in cases]
+    peaks = measured(full, tmp_path)
+    wrong = []
+    for (ranks, name, overrides), found in zip(full, peaks, strict=True):
+        recipe = load_recipe(name, overrides)
+        tables = [source.length_table.shape[1] for source in open_data(recipe.data).sources] if name == SPEECH else [0]
+        _, by_stage, *_ = plan_memory(recipe, ranks, "cpu", max(tables))
+        planned = by_stage[recipe.engine.zero_stage].total
+        if abs(planned / max(found) - 1) > LIMIT:
+            wrong.append(f"{ranks} ranks, {name} {overrides}: planned {planned:,}, took {found}")
+    assert not wrong, "\n".join(wrong)
+
+
+def measured(cases, folder):
+    """The most bytes of tensors that each rank of each case held at one time."""
+    command = [sys.executable, "-m", "tests.training.measured_memory", str(folder), json.dumps(cases)]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300 + 120 * len(cases))
+    assert done.returncode == 0, done.stderr[-4000:]
+    return [json.loads(line)["peaks"] for line in done.stdout.splitlines() if line.startswith("{")]
+
+
+@pytest.mark.parametrize("name", [IMAGE, SPEECH])
+def test_what_saves_activations_saves_them_in_the_plan(name):
+    def peak(*overrides):
+        recipe = load_recipe(name, overrides)
+        model = build_model(recipe.model, recipe.quantizer)
+        return measure_activations(recipe, model, micro_batch_shapes(recipe)[0], "cpu").peak
+
+    assert peak("engine.activation_checkpointing=true") < peak()
+    assert peak("engine.precision=bf16") < 0.75 * peak()
+    size = "batch.seconds=32" if name == SPEECH else "batch.samples=16"
+    assert 1.5 < peak(size) / peak() < 2.1  # a part, the codebook's, does not grow
+
+
+@pytest.mark.parametrize("kind", ["gumbel", "residual", "identity", "lfq", "affine"])
+def test_every_kind_of_quantizer_has_a_plan(kind):
+    recipe = load_recipe(IMAGE, [f"quantizer.kind={kind}", "batch.samples=2"])
+    sizes, by_stage, shape, _ = plan_memory(recipe, 2, "gpu")
+    assert shape == (2, 64)
+    assert by_stage[1].activations > 0
+    assert sizes.parameters == sum(
+        weight.numel() for weight in build_model(recipe.model, recipe.quantizer).parameters()
+    )
+
+
+def test_stages_share_out_what_they_name():
+    recipe = load_recipe(IMAGE, ["batch.micro_batches=64"])
+    sizes, by_stage, *_ = plan_memory(recipe, 64, "gpu")
+    whole = 4 * sizes.parameters
+    share = -(-whole // 64)
+    assert [by_stage[stage].gradients for stage in range(4)] == [whole, whole, share, share]
+    assert [by_stage[stage].optimizer for stage in range(4)] == [2 * whole, 3 * share, 3 * share, 3 * share]
+
+
+def test_a_gpu_keeps_no_attention_and_bytes_for_dropout():
+    options = ["model.dropout=0.1", "model.attention_dropout=0.1", "batch.seconds=12"]
+    peaks = {}
+    for device in ("cpu", "gpu"):
+        recipe = load_recipe(SPEECH, options)
+        model = build_model(recipe.model, recipe.quantizer)
+        state = torch.get_rng_state()
+        peaks[device] = measure_activations(recipe, model, (2, 96_000), device).peak
+        assert torch.equal(torch.get_rng_state(), state)
+    frames, heads, layers = 299, 4, 3
+    weights = 2 * heads * frames**2 * 4 * layers  # attention's, which a CPU keeps when some are dropped
+    assert peaks["cpu"] - peaks["gpu"] > weights
