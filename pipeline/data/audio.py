@@ -64,6 +64,8 @@ def _decode_by_soundfile(content: bytes, start: int, samples: int | None) -> np.
         raise DecodeError(f"ends after {start + len(waveform)} of {start + wanted} audio samples")
     if waveform.dtype == np.int16:
         waveform = waveform * _INT16_SCALE
+    elif not np.isfinite(np.add.reduce(waveform, axis=None)):  # a file of floating point numbers may hold anything
+        raise DecodeError("holds values that are not numbers, or too large ones")
     return waveform[:, 0] if waveform.shape[1] == 1 else waveform.mean(axis=1)
 
 

@@ -123,6 +123,18 @@ def test_damage_is_found_whatever_is_damaged(clips: list[bytes]) -> None:
     assert refused > 200
 
 
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+def test_what_is_not_a_number_is_an_error(value: float) -> None:
+    """It would make the whole step's gradient NaN; as a bad sample it is counted and replaced."""
+    waveform = np.full(2_000, 0.1, dtype=np.float32)
+    waveform[1_500] = value
+    buffer = io.BytesIO()
+    soundfile.write(buffer, waveform, 16_000, format="WAV", subtype="FLOAT")
+    with pytest.raises(DecodeError, match="holds values that are not numbers"):
+        decode_audio(buffer.getvalue())
+    assert len(decode_audio(buffer.getvalue(), 0, 1_000)) == 1_000
+
+
 def test_a_header_that_asks_for_all_memory_is_an_error(clips: list[bytes]) -> None:
     """A FLAC header has 36 bits for the number of samples: here they say 48 GB."""
     damaged = clips[0][:21] + bytes([clips[0][21] | 0x0F]) + b"\xff" * 4 + clips[0][26:]

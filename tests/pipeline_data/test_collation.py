@@ -45,6 +45,20 @@ def test_rows_do_not_depend_on_their_neighbours(speech_dataset: Path) -> None:
         assert torch.equal(batch.negatives[row, :masked], alone.negatives[0])
 
 
+def test_clips_of_a_micro_batch_may_be_given_equally_many_targets(speech_dataset: Path) -> None:
+    """For comparison with fairseq: then negatives are drawn among what is left masked."""
+    dataset = ShardedDataset(speech_dataset)
+    masking = MaskingConfig(negatives=20, mode="same_count")
+    references = [SampleReference(index, 1) for index in (7, 0, 12)]
+    batch = SpeechCollation(DataConfig(), masking, LAYERS, seed=3)(references, dataset)
+    ragged = speech_collation()(references, dataset)
+    counts = batch.mask.sum(dim=1)
+    assert counts.tolist() == [int(ragged.mask.sum(dim=1).min())] * 3
+    assert not (batch.mask & ~ragged.mask).any()
+    assert batch.negatives.shape == (3, int(counts[0]), 20)
+    assert int(batch.negatives.max()) < int(counts[0])
+
+
 def test_padding_is_zero_and_never_masked_nor_a_negative(speech_dataset: Path) -> None:
     dataset = ShardedDataset(speech_dataset)
     batch = speech_collation()([SampleReference(index, 0) for index in range(12)], dataset)
