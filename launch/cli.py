@@ -314,14 +314,17 @@ def tokenize(
     run: Annotated[Path, typer.Argument(help="Run folder.")],
     dataset: Annotated[str, typer.Argument(help="Data set folder, or its URL.")],
     out: Annotated[Path, typer.Argument(help="Folder for the shards of codes.")],
+    merge: Annotated[
+        bool, typer.Option("--merge", help="One row a run of equal speech frames, not one a frame.")
+    ] = False,
     ray_address: RayAddress = None,
 ) -> None:
-    """A data set's codes as WebDataset shards, through Ray."""
+    """A data set's codes as WebDataset shards, through Ray; of speech with frame rate, durations and start times."""
     from pipeline.export import tokenize as tokenize_dataset
     from pipeline.ray_session import ray_session
 
     with ray_session(ray_address):
-        summary = tokenize_dataset(run, dataset, out)
+        summary = tokenize_dataset(run, dataset, out, merge=merge)
     typer.echo(str(summary))
 
 

@@ -3,6 +3,10 @@
 In: a run and a prepared data set. Out: the same splits and shards with codes instead of samples, plain WebDataset:
 KEY.npy, int16 or int32 ``(frames, groups)`` for speech and ``(height, width, groups)`` for images, and KEY.json; and
 manifest.json with the hash of each shard, written last.
+
+Speech: frame n begins n / ``frame_rate`` (Hz) seconds into the clip. Neighbouring frames with the same code in every
+group are a run: KEY.json has the ``durations`` of a clip's runs, in frames, and their ``starts`` in seconds. With
+``merge``, KEY.npy has a row a run instead of a row a frame; ``numpy.repeat(codes, durations, axis=0)`` undoes that.
 """
 
 from __future__ import annotations
@@ -51,11 +55,13 @@ class TokenSummary:
         )
 
 
-def tokenize(run: str | Path, dataset: str | Path, out: str | Path) -> TokenSummary:
-    """Write the codes of every sample of ``dataset``, a folder or its URL, to the new folder ``out``.
+def tokenize(run: str | Path, dataset: str | Path, out: str | Path, merge: bool = False) -> TokenSummary:
+    """Write the codes of every sample of ``dataset``, a folder or its URL, to the new folder ``out``; ``merge`` keeps
+    one row of each run of equal speech frames.
 
+    A sample's codes depend on the model and the sample alone: not on shards, Ray's workers or the recipe's batches.
     Uses a running Ray or starts one. Raises ValueError when the run's model reads another kind of data or has no codes,
-    FileExistsError when ``out`` holds a finished set of other tokens.
+    and for ``merge`` of images; FileExistsError when ``out`` holds a finished set of tokens.
     """
     import ray
 
@@ -72,6 +78,8 @@ def tokenize(run: str | Path, dataset: str | Path, out: str | Path) -> TokenSumm
         raise ValueError(
             f"{trained.path} has quantizer.kind=identity, which has no codes: train with another quantizer"
         )
+    if merge and manifest.kind != "speech":
+        raise ValueError(f"{source} holds {manifest.kind} data, which has no runs of frames: leave --merge out")
     if (out / MANIFEST_NAME).exists():
         raise FileExistsError(f"{out} holds a finished data set: give a new folder")
     checkpoint = trained.latest_checkpoint()
@@ -88,7 +96,7 @@ def tokenize(run: str | Path, dataset: str | Path, out: str | Path) -> TokenSumm
         waiting, running = iter(tasks), {}
         while True:
             for task in waiting:
-                running[remote.remote(trained.path, checkpoint, model_hash, source, *task, out.resolve())] = task
+                running[remote.remote(trained.path, checkpoint, model_hash, source, *task, out.resolve(), merge)] = task
                 if len(running) >= at_once:
                     break
             if not running:
@@ -106,6 +114,7 @@ def tokenize(run: str | Path, dataset: str | Path, out: str | Path) -> TokenSumm
         "codes": recipe.quantizer.codes,
         "groups": recipe.quantizer.groups,
         **_layout(recipe),
+        **({"merged": merge} if manifest.kind == "speech" else {}),
         "run": recipe.name,
         "checkpoint": checkpoint.name,
         "source": manifest.fingerprint(),
@@ -123,7 +132,7 @@ def tokenize(run: str | Path, dataset: str | Path, out: str | Path) -> TokenSumm
 
 
 def _tokenize_shard(
-    run: Path, checkpoint: Path, model_hash: str, source: Path | str, split: str, shard: int, out: Path
+    run: Path, checkpoint: Path, model_hash: str, source: Path | str, split: str, shard: int, out: Path, merge: bool
 ) -> dict[str, Any]:
     """One shard of codes; returns its manifest entry. Runs in a Ray worker."""
     import numpy as np
@@ -136,11 +145,16 @@ def _tokenize_shard(
         model, recipe = _load_once(run, checkpoint, model_hash)
         indexes = range(first, first + entries[shard].samples)
         for key, codes, facts in _codes_of(model, recipe, dataset, indexes):
+            if dataset.kind == "speech":
+                durations, starts = runs_of(codes)
+                facts |= {"durations": durations.tolist(), "starts": (starts / facts["frame_rate"]).tolist()}
+                codes = codes[starts] if merge else codes
+            facts = {"tokens": math.prod(codes.shape[:-1]), "shape": list(codes.shape)} | facts
             content = io.BytesIO()
             np.save(content, codes)
             _add(archive, f"{key}.npy", content.getvalue())
             _add(archive, f"{key}.json", json.dumps(facts).encode())
-            tokens += int(np.prod(codes.shape[:-1]))
+            tokens += facts["tokens"]
     file = out / entries[shard].file
     file.parent.mkdir(parents=True, exist_ok=True)
     write_whole(file, buffer.getvalue())
@@ -151,6 +165,17 @@ def _tokenize_shard(
         "samples": entries[shard].samples,
         "tokens": tokens,
     }
+
+
+def runs_of(codes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Runs of frames with the same code in every group: codes ``(frames, groups)`` → durations and starts in frames,
+    both int64 ``(runs,)``.
+    """
+    import numpy as np
+
+    changes = (codes[1:] != codes[:-1]).any(axis=1)
+    starts = np.flatnonzero(np.concatenate([np.ones(min(1, len(codes)), dtype=bool), changes]))
+    return np.diff(starts, append=len(codes)), starts
 
 
 def _codes_of(
@@ -174,10 +199,9 @@ def _codes_of(
         for row, key in enumerate(batch.keys):
             length = int(lengths[row])
             kept = codes[row] if images else codes[row, :length]
-            facts: dict[str, Any] = {"tokens": length, "shape": list(kept.shape)}
+            facts: dict[str, Any] = {}
             if isinstance(batch, SpeechBatch):
-                facts["seconds"] = int(batch.lengths[row]) / SAMPLE_RATE
-                facts |= _layout(recipe)
+                facts = {"seconds": int(batch.lengths[row]) / SAMPLE_RATE, "frames": length} | _layout(recipe)
             yield key, kept.numpy().astype(width), facts
 
 
@@ -193,11 +217,12 @@ def _load_once(run: Path, checkpoint: Path, model_hash: str) -> tuple[Any, Any]:
 
 
 def _layout(recipe: Any) -> dict[str, Any]:
-    """How tokens lie in a sample: ``tokens_per_second`` of speech, the ``latent_grid`` [height, width] of an image."""
+    """How tokens lie in a sample: the ``frame_rate`` of speech in Hz, the ``latent_grid`` [height, width] of an
+    image."""
     if recipe.data_kind == "image":
         side = recipe.data.image_size // 2**recipe.model.downsampling
         return {"latent_grid": [side, side]}
-    return {"tokens_per_second": SAMPLE_RATE / math.prod(stride for _, _, stride in recipe.model.conv_layers)}
+    return {"frame_rate": SAMPLE_RATE / math.prod(stride for _, _, stride in recipe.model.conv_layers)}
 
 
 def _add(archive: tarfile.TarFile, name: str, content: bytes) -> None:

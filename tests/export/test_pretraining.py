@@ -1,4 +1,4 @@
-"""With the Gumbel quantizer the whole pretraining model goes to transformers, not the encoder alone."""
+"""With the Gumbel quantizer the whole pretraining model goes to other toolkits, not the encoder alone."""
 
 from typing import Any
 
@@ -8,7 +8,10 @@ from torch import nn
 from transformers import Wav2Vec2ForPreTraining, Wav2Vec2Model
 
 from pipeline.codebooks import CodebookSync
+from pipeline.export.fairseq2 import write_fairseq2
 from pipeline.export.huggingface import pretraining_state, write_huggingface
+from pipeline.models.initialise import take_weights
+from pipeline.models.published import read_published
 from pipeline.quantizers.gumbel import GumbelConfig
 from recipes.schema import Recipe, load_recipe
 from tests.export.test_huggingface import LAYOUTS
@@ -123,3 +126,15 @@ def test_their_quantizer_chooses_the_same_vectors(tmp_path):
     share = expected.usage / expected.usage.sum(dim=1, keepdim=True)
     ours = torch.special.entr(share).sum(dim=1).exp().sum()
     torch.testing.assert_close(perplexity, ours, rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("write", [write_huggingface, write_fairseq2])
+def test_what_was_exported_comes_back_whole(write, layout, tmp_path):
+    """By ``model.initialise_from``, all but the number of steps done."""
+    model, recipe = gumbel_model(**LAYOUTS[layout])
+    write(model, recipe, tmp_path)
+    fresh = tiny_model(GUMBEL, seed=1, **LAYOUTS[layout])
+    take_weights(fresh, read_published(tmp_path), recipe.data.normalise)
+    for name, tensor in fresh.state_dict().items():
+        assert torch.equal(tensor, model.state_dict()[name]), name

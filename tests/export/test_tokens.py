@@ -9,8 +9,10 @@ import pytest
 import torch
 import webdataset
 
+from data_prep import prepare
 from pipeline.data import ImageCollation, SampleReference, ShardedDataset, read_manifest
 from pipeline.export import tokenize
+from pipeline.export.tokens import runs_of
 from pipeline.models import build_collation
 from pipeline.training.run_folder import Run
 
@@ -82,7 +84,58 @@ def test_speech_codes_are_the_models_own(speech_tokens, small_speech_run, speech
         facts = sample["json"]
         assert facts["tokens"] == int(frames[0])
         assert facts["seconds"] == dataset.length(index) / 16_000
-        assert facts["tokens_per_second"] == 50
+        assert facts["frame_rate"] == 50
+
+
+def test_runs_of_equal_frames_have_durations_and_starts(speech_tokens):
+    """A run ends where the code of any group changes; starts are in seconds."""
+    lasting = 0
+    for sample in stock_reader(speech_tokens.out, "validation").values():
+        codes, facts = sample["npy"], sample["json"]
+        durations, starts = np.array(facts["durations"]), np.array(facts["starts"])
+        assert durations.min() >= 1
+        assert durations.sum() == facts["frames"] == len(codes)
+        first = np.cumsum(durations) - durations
+        assert starts == pytest.approx(first / facts["frame_rate"], abs=1e-9)
+        assert np.array_equal(np.repeat(codes[first], durations, axis=0), codes)
+        assert (codes[first[1:]] != codes[first[1:] - 1]).any(axis=1).all()
+        lasting += int((durations > 1).sum())
+    assert lasting > 0, "no code lasts two frames: this test saw nothing"
+
+
+def test_runs_of_two_groups_end_where_either_changes():
+    codes = np.array([[3, 1], [3, 1], [3, 2], [4, 2], [4, 2], [4, 2]], dtype=np.int16)
+    durations, starts = runs_of(codes)
+    assert durations.tolist() == [2, 1, 3]
+    assert starts.tolist() == [0, 2, 3]
+    assert [array.tolist() for array in runs_of(codes[:1])] == [[1], [0]]
+    assert [array.tolist() for array in runs_of(codes[:0])] == [[], []]
+
+
+def test_codes_are_the_same_however_clips_are_grouped(speech_tokens, small_speech_run, speech_source, tmp_path):
+    """Other shards, larger micro-batches in the recipe, one row a run: unrolled, each clip has the same codes."""
+    dataset = tmp_path / "dataset"
+    prepare("speech", speech_source, dataset, shard_bytes=100_000_000, progress=lambda _: None)
+    run = tmp_path / "run"
+    shutil.copytree(small_speech_run, run)
+    recipe = Run(run).recipe()
+    assert recipe.batch.seconds == 6
+    changed = recipe.model_copy(update={"batch": recipe.batch.model_copy(update={"seconds": 60.0})})
+    Run(run).recipe_file.write_text(changed.to_yaml())
+    summary = tokenize(run, dataset, tmp_path / "merged", merge=True)
+    assert summary.shards < speech_tokens.shards
+    assert summary.tokens < speech_tokens.tokens
+    assert json.loads((summary.out / "manifest.json").read_text())["merged"] is True
+    for split in ("train", "validation"):
+        expected, merged = stock_reader(speech_tokens.out, split), stock_reader(summary.out, split)
+        assert merged.keys() == expected.keys()
+        for key, sample in merged.items():
+            facts = sample["json"]
+            assert facts["tokens"] == len(sample["npy"]) == len(facts["durations"])
+            unrolled = np.repeat(sample["npy"], facts["durations"], axis=0)
+            assert np.array_equal(unrolled, expected[key]["npy"])
+            same = ("seconds", "frames", "frame_rate", "durations", "starts")
+            assert {name: facts[name] for name in same} == {name: expected[key]["json"][name] for name in same}
 
 
 @pytest.mark.parametrize("kind", ["image", "speech"])
@@ -93,8 +146,8 @@ def test_the_manifest_describes_the_bytes(kind, image_tokens, speech_tokens, ima
     assert manifest["kind"] == f"{kind}-codes"
     assert manifest["checkpoint"] == ("step-00000004" if kind == "image" else "step-00000002")
     assert (manifest["codes"], manifest["groups"]) == ((12, 1) if kind == "image" else (64, 2))
-    layout = {"latent_grid": [8, 8]} if kind == "image" else {"tokens_per_second": 50}
-    assert {name: manifest[name] for name in ("latent_grid", "tokens_per_second") if name in manifest} == layout
+    layout = {"latent_grid": [8, 8]} if kind == "image" else {"frame_rate": 50, "merged": False}
+    assert {name: manifest[name] for name in ("latent_grid", "frame_rate", "merged") if name in manifest} == layout
     shards = [shard for split in manifest["splits"].values() for shard in split["shards"]]
     assert [shard["file"] for shard in shards] == [shard.file for shard in source.shards()]
     for shard in shards:
@@ -147,6 +200,12 @@ def test_another_run_at_the_same_path_is_tokenised_by_its_own_model(
 def test_data_of_another_kind_is_refused(image_run, speech_dataset, tmp_path):
     with pytest.raises(ValueError, match=r"holds speech data.*was trained on image data"):
         tokenize(image_run, speech_dataset, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_images_have_no_runs_to_merge(image_run, image_dataset, tmp_path):
+    with pytest.raises(ValueError, match="has no runs of frames: leave --merge out"):
+        tokenize(image_run, image_dataset, tmp_path / "out", merge=True)
     assert not (tmp_path / "out").exists()
 
 
