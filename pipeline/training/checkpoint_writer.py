@@ -3,6 +3,10 @@
 In: an engine between two steps. Out: a whole checkpoint, or none (design rule 7). Training waits for the copy to host
 memory only; a thread of each rank writes, hashes and fsyncs its file, and when all ranks are through, all agree and
 rank 0 adds the manifest and renames the folder. May touch: the checkpoints folder.
+
+Ranks that were taken for dead, and wake up while others train in their place, can't put a checkpoint among those of
+the others: they write into a folder of their own name, and the others' start has moved that away
+(:func:`discard_unfinished`), or else their last look at the claim of the run folder comes after its change.
 """
 
 from __future__ import annotations
@@ -13,9 +17,11 @@ import shutil
 import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from uuid import uuid4
 
 from pipeline import collectives
 from pipeline.data.storage import fsync_folder, write_whole
@@ -37,6 +43,8 @@ from pipeline.training.checkpoint import (
 if TYPE_CHECKING:
     from deepspeed import DeepSpeedEngine
     from torch import Tensor
+
+    from pipeline.training.run_lock import RunLock
 
 logger = logging.getLogger("tessera")
 
@@ -70,9 +78,13 @@ class _Flight:
 class CheckpointWriter:
     """Writes the checkpoints of one run; every rank has one and calls the same methods in the same order."""
 
-    def __init__(self, folder: Path, retention: Retention, beside: Sequence[Path] = ()) -> None:
-        """``beside``: files of the run folder that each checkpoint gets a copy of."""
+    def __init__(
+        self, folder: Path, retention: Retention, beside: Sequence[Path] = (), lock: RunLock | None = None
+    ) -> None:
+        """``beside``: files of the run folder that each checkpoint gets a copy of. ``lock``: of the run folder; none
+        where nobody else could write there."""
         self.folder = folder
+        self._lock = lock
         self.retention = retention
         self._beside = beside
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="tessera-checkpoint")
@@ -111,9 +123,6 @@ class CheckpointWriter:
             **facts,
         }
         partial = self._partial(step)
-        if rank == 0:
-            self._clear_leftovers()
-        collectives.barrier()
         self._flight = _Flight(step, manifest, self._pool.submit(_write, partial / rank_file(rank), tensors))
 
     def commit(self) -> bool:
@@ -158,12 +167,7 @@ class CheckpointWriter:
         self._pool.shutdown(wait=False, cancel_futures=True)
 
     def _partial(self, step: int) -> Path:
-        return self.folder / f"{_PARTIAL}{checkpoint_name(step)}"
-
-    def _clear_leftovers(self) -> None:
-        self.folder.mkdir(parents=True, exist_ok=True)
-        for leftover in (*self.folder.glob(f"{_PARTIAL}*"), *self.folder.glob(f"{_REMOVED}*")):
-            shutil.rmtree(leftover, ignore_errors=True)
+        return self.folder / f"{_PARTIAL}{self._lock.claim if self._lock else ''}-{checkpoint_name(step)}"
 
     def _complete(self, flight: _Flight, files: dict[str, tuple[int, str]]) -> None:
         partial, target = self._partial(flight.step), self.folder / checkpoint_name(flight.step)
@@ -177,7 +181,9 @@ class CheckpointWriter:
             if find_damage(target) is None:
                 shutil.rmtree(partial)
                 return
-            self._remove(target)
+            _remove(target)
+        if self._lock is not None:
+            self._lock.check()
         partial.rename(target)
         fsync_folder(self.folder)
         self._drop_old()
@@ -198,13 +204,22 @@ class CheckpointWriter:
             kept.add(min(losses, key=lambda path: losses[path]))
         for old in found:
             if old not in kept:
-                self._remove(old)
+                _remove(old)
 
-    def _remove(self, checkpoint: Path) -> None:
-        """By its new name nobody takes it for a checkpoint, should a kill leave half of it."""
-        hidden = self.folder / f"{_REMOVED}{checkpoint.name}"
-        checkpoint.rename(hidden)
-        shutil.rmtree(hidden, ignore_errors=True)
+
+def discard_unfinished(folder: Path) -> None:
+    """Remove what starts before this one left half-done. Called by the holder of the run folder before it looks for the
+    last checkpoint: none of those can become one any more."""
+    for leftover in (*folder.glob(f"{_REMOVED}*"), *folder.glob(f"{_PARTIAL}*")):
+        with suppress(FileNotFoundError):
+            _remove(leftover)
+
+
+def _remove(folder: Path) -> None:
+    """By its new name nobody takes it for a checkpoint, should a kill leave half of it, nor finishes it."""
+    hidden = folder.with_name(f"{_REMOVED}{uuid4().hex}")
+    folder.rename(hidden)
+    shutil.rmtree(hidden, ignore_errors=True)
 
 
 def _host_copy(values: Tensor) -> Tensor:

@@ -20,7 +20,7 @@ from pipeline.models import build_collation, build_model
 from pipeline.models.initialise import initialise
 from pipeline.training.alarms import Alarms
 from pipeline.training.checkpoint import CheckpointError, find_latest, load_checkpoint, read_manifest
-from pipeline.training.checkpoint_writer import CheckpointWriter, Retention
+from pipeline.training.checkpoint_writer import CheckpointWriter, Retention, discard_unfinished
 from pipeline.training.engine import build_engine, join_process_group
 from pipeline.training.environment import write_environment
 from pipeline.training.guard import SkipGuard
@@ -30,7 +30,7 @@ from pipeline.training.optimizer import build_optimizer
 from pipeline.training.peer_loss import explained
 from pipeline.training.profile import step_profiler
 from pipeline.training.run_folder import Run
-from pipeline.training.run_lock import RunLock
+from pipeline.training.run_lock import PATIENCE, RunLock
 from pipeline.training.schedule import learning_rate_factor
 from pipeline.training.stop import Interrupted, StopRequest
 from pipeline.training.throughput import CollectiveClock, Throughput
@@ -62,7 +62,8 @@ def train(recipe: Recipe, run_dir: str | Path, *, profile: bool = False) -> Run:
     recipe.check_data()
     check_wandb(recipe.training.wandb)
     _make_repeatable(recipe)
-    lock = RunLock(run.path)
+    # Ranks of a start before that can't reach theirs hold it for so long.
+    lock = RunLock(run.path, PATIENCE + recipe.training.collective_timeout)
     claim_run_folder(run, recipe)
 
     dataset = open_data(recipe.data)
@@ -111,7 +112,7 @@ def train(recipe: Recipe, run_dir: str | Path, *, profile: bool = False) -> Run:
     meter, throughput = StepMeter(), Throughput(device, recipe.engine.precision)
     alarms, guard = Alarms(_negatives(recipe)), SkipGuard(recipe.training.max_skipped)
     retention = Retention(recipe.training.keep_checkpoints, recipe.training.keep_every, recipe.training.keep_best)
-    writer = CheckpointWriter(run.checkpoints, retention, beside=[run.recipe_file, run.environment_file])
+    writer = CheckpointWriter(run.checkpoints, retention, [run.recipe_file, run.environment_file], lock)
     retry_at, loss = 0, None
     loader = load(start)
 
@@ -167,6 +168,7 @@ def train(recipe: Recipe, run_dir: str | Path, *, profile: bool = False) -> Run:
                     loader.wait_seconds = 0.0
                     watched = done % recipe.training.log_every == 0
                     warnings = _warn(alarms.warnings(done, values, health.alarms)) if watched else {}
+                    lock.check()
                     log.write(done, values | warnings)
                 end_of_step()
                 if done == recipe.training.steps:
@@ -200,9 +202,11 @@ def _make_repeatable(recipe: Recipe) -> None:
 
 
 def _latest_on_all_ranks(run: Run) -> Path | None:
-    """The newest whole checkpoint as rank 0 sees it; every rank must see the same folder."""
+    """The newest whole checkpoint as rank 0 sees it; every rank must see the same folder. No start before this one can
+    finish another after that."""
     name = ""
     if collectives.rank() == 0:
+        discard_unfinished(run.checkpoints)
         found, passed_over = find_latest(run.checkpoints)
         for damage in passed_over:
             logger.warning("checkpoint passed over: %s", damage)

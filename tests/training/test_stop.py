@@ -1,5 +1,6 @@
 """Reasons to stop, one training a folder, and a lost peer told in words."""
 
+import errno
 import fcntl
 import os
 import signal
@@ -172,3 +173,44 @@ def test_other_errors_stay_what_they_are(tmp_path):
 
     with pytest.raises(RuntimeError, match=r"^shape mismatch$"):
         peer_loss.explained(train)(None, tmp_path)
+
+
+def test_who_was_taken_for_dead_can_not_publish(tmp_path, monkeypatch):
+    """Without locks both would hold the folder, and the later start counts; as a writer that sleeps between
+    any two of its own steps finds it."""
+    from pipeline.training.checkpoint_writer import CheckpointWriter, Retention, _Flight, discard_unfinished
+
+    def no_locks(*_):
+        raise OSError(errno.ENOLCK, "no locks here")
+
+    monkeypatch.setattr(fcntl, "flock", no_locks)
+    facts = {"format_version": 2, "world_size": 1, "zero_stage": 0, "precision": "fp32", "loss": None}
+    facts |= {"data_fingerprint": "", "codebook_checksum": "", "parameters": {}, "optimizer_steps": {}}
+    checkpoints = tmp_path / "checkpoints"
+    before = RunLock(tmp_path)
+    before.check()
+    writer = CheckpointWriter(checkpoints, Retention(1), lock=before)
+
+    def written(step):
+        partial = writer._partial(step)
+        partial.mkdir(parents=True)
+        (partial / "rank-00000.safetensors").write_bytes(b"weights")
+        return _Flight(step, facts | {"step": step}, None)
+
+    writer._complete(written(1), {})
+    assert [path.name for path in checkpoints.iterdir()] == ["step-00000001"]
+
+    flight = written(2)
+    monkeypatch.setattr(before, "check", lambda: None)  # has looked just before the other start
+    after = RunLock(tmp_path)
+    discard_unfinished(checkpoints)
+    with pytest.raises(FileNotFoundError):
+        writer._complete(flight, {})
+    monkeypatch.undo()
+
+    with pytest.raises(RunInUse, match=r"was taken over by process \d+ on .*this one ends here"):
+        writer._complete(written(3), {})
+    with pytest.raises(RunInUse):
+        before.check()
+    after.check()
+    assert [path.name for path in checkpoints.glob("step-*")] == ["step-00000001"]
