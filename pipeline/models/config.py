@@ -42,7 +42,12 @@ class Wav2Vec2Config(BaseModel):
     attention_dropout: float = Field(0.1, ge=0, lt=1)
     ffn_dropout: float = Field(0.0, ge=0, lt=1, description="inside the feed-forward layers")
     feature_dropout: float = Field(0.1, ge=0, lt=1, description="of the extractor's output, and of the targets' input")
-    layer_drop: float = Field(0.05, ge=0, lt=1, description="share of transformer layers left out in a forward")
+    layer_drop: float = Field(
+        0.05,
+        ge=0,
+        lt=1,
+        description="share of transformer layers left out, drawn for each micro-batch, on any rank alike",
+    )
     feature_gradient_scale: float = Field(0.1, gt=0, le=1, description="factor on the extractor's gradient")
     final_dim: int = Field(256, ge=1, description="dimension in which context and targets are compared")
     logit_temperature: float = Field(0.1, gt=0, description="κ: cosine similarities are divided by it")
