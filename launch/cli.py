@@ -360,11 +360,24 @@ def inspect(path: Annotated[Path, typer.Argument(help="A run, a checkpoint, a sh
 
 
 @app.command()
-def doctor() -> None:
+def doctor(
+    cluster: Annotated[bool, typer.Option("--cluster", help="Look at all nodes of a Ray cluster.")] = False,
+    ray_address: Annotated[
+        str | None, typer.Option(help="cluster: its address; by default RAY_ADDRESS, or the one that runs here.")
+    ] = None,
+    folder: Annotated[Path, typer.Option(help="Where runs will be written: looked at for room.")] = Path(),
+    ranks_per_node: Annotated[
+        int | None, typer.Option(min=1, help="cluster: ranks that exchange; by default one a GPU, or 2.")
+    ] = None,
+) -> None:
     """What this machine or cluster has, what is missing, and what to do about it."""
     from launch.doctor import diagnose, print_findings
 
-    raise typer.Exit(print_findings(diagnose()))
+    if cluster:
+        from launch.cluster_check import check_cluster
+
+        raise typer.Exit(print_findings(check_cluster(ray_address, str(folder.absolute()), ranks_per_node)))
+    raise typer.Exit(print_findings(diagnose([folder])))
 
 
 def main() -> None:

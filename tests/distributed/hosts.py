@@ -1,9 +1,10 @@
 """Several hosts on one machine, as near to real ones as Linux makes them without a hypervisor.
 
-In: how many. Out: hosts on one network, each with a name, an address, processes, shared memory and `/etc/hosts` of its
-own, whose cables can be pulled, plugged in again and made slow. They share the file system, as the hosts of a cluster
-share a network drive. Needs root and iproute2; :func:`why_not` says what is missing. Leaves nothing: a host is the
-namespaces of one process that ends with the test, and the kernel ends everything in them with it, even after a SIGKILL.
+In: how many. Out: hosts on one network, each with a name, an address, processes, shared memory, `/etc/hosts` and
+`/tmp/ray` of its own, whose cables can be pulled, plugged in again and made slow. They share the other files, as the
+hosts of a cluster share a network drive. Needs root and iproute2; :func:`why_not` says what is missing. Leaves
+nothing: a host is the namespaces of one process that ends with the test, and the kernel ends everything in them with
+it, even after a SIGKILL.
 """
 
 from __future__ import annotations
@@ -28,6 +29,8 @@ mount --make-rprivate /
 mount --bind {hosts} /etc/hosts
 [ ! -e /etc/resolv.conf ] || mount --bind /dev/null /etc/resolv.conf  # no name server can be asked: don't wait for it
 mount -t tmpfs -o size=2g tmpfs /dev/shm
+mkdir -p /tmp/ray
+mount -t tmpfs tmpfs /tmp/ray
 hostname {name}
 ip link set lo up
 echo ready

@@ -1,5 +1,6 @@
 """Ranks on several hosts, one of which loses the network. The hosts are namespaces: `tests/distributed/hosts.py`."""
 
+import re
 import subprocess
 import sys
 import time
@@ -7,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from launch.cluster_check import bus_bandwidth
 from pipeline.training.run_folder import Run
 from tests.distributed.hosts import Host, hosts, why_not
 
@@ -63,36 +65,43 @@ def _wait(what: str, condition, started: list[subprocess.Popen], folder: Path) -
 
 
 @pytest.mark.timeout(120)
-def test_a_host_that_is_cut_off_is_an_error_on_both_sides(tmp_path):
+def test_two_hosts_meet_measure_their_link_and_notice_its_loss(tmp_path):
     """A bare process group that chooses its interface and its timeouts as training does. Without the choice the ranks
     would offer one another 127.0.1.1."""
     script = tmp_path / "rank.py"
     script.write_text(
-        "import datetime, os, socket, sys, time, torch\n"
+        "import datetime, os, torch\n"
         "from torch import distributed\n"
+        "from launch.cluster_probe import time_all_reduce\n"
         "from pipeline.training.interface import use_interface_towards\n"
         "use_interface_towards(os.environ['MASTER_ADDR'])\n"
         "distributed.init_process_group('gloo', timeout=datetime.timedelta(seconds=5))\n"
-        "total = torch.ones(1)\n"
-        "distributed.all_reduce(total)\n"
-        "print('sum', total.item(), os.environ['GLOO_SOCKET_IFNAME'], socket.gethostname(), flush=True)\n"
+        "size = 2**22\n"
+        "took = time_all_reduce(torch.device('cpu'), [size])[size]\n"
+        "print('took', took, os.environ['GLOO_SOCKET_IFNAME'], flush=True)\n"
         "try:\n"
         "    while True:\n"
-        "        distributed.all_reduce(total)\n"
+        "        distributed.all_reduce(torch.ones(1))\n"
         "except RuntimeError as error:\n"
         "    print('lost:', error, flush=True)\n"
         "    os._exit(1)\n"
     )
+    megabits = 100
     with hosts(2, tmp_path) as both:
+        both[1].slow_down(megabits)
         started = _torchrun(both, [str(script)], tmp_path, 1)
         logs = [tmp_path / f"{host.name}.log" for host in both]
-        _wait("the first sum", lambda: all("sum 2.0 eth0 host" in log.read_text() for log in logs), started, tmp_path)
+        measured = re.compile(r"took (\S+) eth0\n")
+        _wait("the time", lambda: all(measured.search(log.read_text()) for log in logs), started, tmp_path)
         both[1].cut_off()
         codes = [process.wait(DEADLINE) for process in started]
     for log, code in zip(logs, codes, strict=True):
         assert code == 1
         assert "lost: " in log.read_text()
         assert "imed out" in log.read_text()
+        # The link carries this and no more, and TCP's and Ethernet's headers are a twentieth of it.
+        share = bus_bandwidth(2, 2**22, float(measured.search(log.read_text())[1])) * 8 / (megabits * 1e6)
+        assert 0.6 < share < 1.02, f"{share:.2f} of {megabits} Mbit/s"
 
 
 @pytest.mark.slow
