@@ -49,8 +49,9 @@ def train_on_ray(
     :class:`LaunchError` when the run fails for good, ConnectionError when Ray itself is gone.
     """
     import ray
-    from ray.train.torch import TorchConfig, TorchTrainer
+    from ray.train.torch import TorchTrainer
 
+    from launch.ray_network import NetworkConfig
     from recipes.schema import load_recipe
 
     training = load_recipe(recipe_file).training
@@ -77,7 +78,7 @@ def train_on_ray(
         _train_on_this_worker,
         train_loop_config={"recipe": str(recipe_file.resolve()), "run": str(run.resolve())},
         scaling_config=train.ScalingConfig(num_workers=ranks, use_gpu=gpu, resources_per_worker=worker),
-        torch_config=TorchConfig(backend="nccl" if gpu else "gloo", timeout_s=training.collective_timeout),
+        torch_config=NetworkConfig(backend="nccl" if gpu else "gloo", timeout_s=training.collective_timeout),
         run_config=run_config,
     )
     last = run / "checkpoints" / checkpoint_name(training.steps) / MANIFEST
