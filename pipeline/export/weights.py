@@ -50,7 +50,9 @@ def export(run: str | Path, out: str | Path, format: str = "huggingface") -> Pat
         writers[format](model, recipe, beside)
         write_codebook(model, recipe, beside)
         (beside / "recipe.yaml").write_text(recipe.to_yaml())
+        readers = (beside / "recipe.yaml").stat().st_mode & 0o777
         for file in beside.iterdir():
+            file.chmod(readers)  # safetensors writes files that only their owner may read
             with file.open("rb") as stream:
                 os.fsync(stream.fileno())
         fsync_folder(beside)

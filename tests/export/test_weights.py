@@ -50,6 +50,16 @@ def test_safetensors_holds_the_whole_state(image_run, tmp_path):
         assert json.loads(file.metadata()["quantizer"])["kind"] == "ksom"
 
 
+@pytest.mark.parametrize("mask", [0o022, 0o077])
+def test_who_may_read_an_export_is_the_umasks_say(mask, image_run, tmp_path):
+    before = os.umask(mask)
+    try:
+        folder = export(image_run, tmp_path / "safetensors", format="safetensors")
+    finally:
+        os.umask(before)
+    assert {file.stat().st_mode & 0o777 for file in folder.iterdir()} == {0o666 & ~mask}
+
+
 def test_safetensors_come_back_as_the_model(image_run, tmp_path):
     """With nothing but the folder: its recipe, its weights."""
     folder = export(image_run, tmp_path / "safetensors", format="safetensors")
