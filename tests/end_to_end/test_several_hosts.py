@@ -1,14 +1,18 @@
 """Ranks on several hosts, one of which loses the network. The hosts are namespaces: `tests/distributed/hosts.py`."""
 
+import os
 import re
+import shlex
 import subprocess
 import sys
 import time
 from pathlib import Path
 
 import pytest
+import torch
 
 from launch.cluster_check import bus_bandwidth
+from pipeline.training.checkpoint import read_weights
 from pipeline.training.run_folder import Run
 from tests.distributed.hosts import Host, hosts, why_not
 
@@ -16,6 +20,7 @@ RECIPE = "image/autoencoder_tiny_ksom"
 RANKS_PER_HOST = 2
 DEADLINE = 300.0  # seconds for anything that is waited for
 ENVIRONMENT = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "RAY_USAGE_STATS_ENABLED": "0"}
+ENVIRONMENT["RAY_AUTH_MODE"] = "disabled"  # nobody else reaches the hosts
 ENVIRONMENT["PYTHONPATH"] = str(Path(__file__).parents[2])
 
 pytestmark = pytest.mark.skipif(bool(why_not()), reason=why_not())
@@ -48,6 +53,14 @@ def _torchrun(every: list[Host], module: list[str], folder: Path, ranks: int) ->
         command = [sys.executable, "-m", "torch.distributed.run", *nodes, *first, *module]
         started.append(host.start(command, folder / f"{host.name}.log", ENVIRONMENT))
     return started
+
+
+def _ray_node(host: Host, folder: Path, *options: str) -> subprocess.Popen:
+    """A Ray node that is started anew whenever it ends, as systemd or Kubernetes would."""
+    start = [sys.executable, "-m", "ray.scripts.scripts", "start", "--block", "--disable-usage-stats"]
+    start += ["--object-store-memory=100000000", f"--node-ip-address={host.address}", *options]
+    loop = f"while true; do {shlex.join(start)}; sleep 1; done"
+    return host.start(["bash", "-c", loop], folder / f"{host.name}.log", ENVIRONMENT)
 
 
 def _said(folder: Path) -> str:
@@ -120,3 +133,52 @@ def test_training_under_torchrun_ends_when_a_host_is_cut_off(image_dataset, tmp_
         assert f"on host{number} lost another rank" in words
         assert f"process {run.environment()['ranks'][0]['pid']} on host1" in words, "whom to look at"
     assert run.latest_checkpoint() is not None
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(2400)
+def test_a_ray_run_whose_host_is_cut_off_and_brought_back(image_dataset, tmp_path):
+    """The host of rank 0, which holds the run folder and writes its checkpoints, loses the network and not the disk. It
+    comes back when Ray has given it up."""
+    steps = 80
+    overrides = _overrides(image_dataset, steps, 30)
+    undisturbed, run = Run(tmp_path / "undisturbed"), Run(tmp_path / "run")
+    alone = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={2 * RANKS_PER_HOST}"]
+    alone += ["-m", "pipeline.training", RECIPE, *overrides, "--run-dir", str(undisturbed.path)]
+    subprocess.run(alone, env=os.environ | ENVIRONMENT, check=True, capture_output=True, timeout=2 * DEADLINE)
+
+    with hosts(3, tmp_path) as [head, *nodes]:
+        address = f"{head.address}:6379"
+        _ray_node(head, tmp_path, "--head", "--port=6379", "--include-dashboard=false", "--num-cpus=0")
+        for node in nodes:
+            _ray_node(node, tmp_path, f"--address={address}", f"--num-cpus={RANKS_PER_HOST}")
+        logs = {host: tmp_path / f"{host.name}.log" for host in (head, *nodes)}
+        _wait("Ray", lambda: all("runtime started" in log.read_text() for log in logs.values()), [], tmp_path)
+        launch = ["launch", RECIPE, *overrides, "--on", "ray", "--ray-address", address, "--run", str(run.path)]
+        launch += ["--nodes", str(len(nodes)), "--ranks-per-node", str(RANKS_PER_HOST)]
+        command = [sys.executable, "-c", "from launch.cli import main; main()", *launch]
+        driver = head.start(command, tmp_path / "driver.log", ENVIRONMENT)
+        _wait("a checkpoint", lambda: len(run.list_checkpoints()) > 0 and len(run.log()) > 6, [driver], tmp_path)
+        ranks = run.environment()["ranks"]
+        assert sorted(rank["host"] for rank in ranks) == ["host2", "host2", "host3", "host3"]
+        [victim] = [node for node in nodes if node.name == ranks[0]["host"]]
+        victim.cut_off()
+        heard = tmp_path / "driver.log"
+        _wait("Ray's notice", lambda: "has been marked dead" in heard.read_text(), [driver], tmp_path)
+        assert run.log()[-1]["step"] < steps, "cut off in the middle"
+        victim.bring_back()
+        assert driver.wait(2 * DEADLINE) == 0, _said(tmp_path)
+
+    log = run.log()
+    attempts = [line["attempt"] for line in log]
+    assert max(attempts) > 1
+    assert attempts == sorted(attempts), "a start that was given up writes no more"
+    losses = {line["step"]: line["loss"] for line in undisturbed.log()}
+    for line in log:
+        assert line["loss"] == losses[line["step"]], line
+    expected, actual = (read_weights(each.latest_checkpoint()) for each in (undisturbed, run))
+    assert run.latest_checkpoint().name == f"step-{steps:08d}"
+    assert expected.keys() == actual.keys()
+    for name, tensor in expected.items():
+        assert torch.equal(tensor, actual[name]), name
+    assert not list(run.checkpoints.glob(".*")), "nothing half-made stays"
