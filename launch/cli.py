@@ -299,14 +299,24 @@ def evaluate(
         str | None, typer.Option(help="Data set folder, or its URL; by default the one of the recipe.")
     ] = None,
     split: Annotated[str | None, typer.Option(help="By default validation if there is one, else train.")] = None,
+    downstream: Annotated[
+        bool, typer.Option(help="Speech: also probe frozen features beside log-mel and the untrained encoder.")
+    ] = False,
+    layer: Annotated[
+        int | None, typer.Option(min=1, help="Transformer layer that --downstream probes; by default the middle one.")
+    ] = None,
 ) -> None:
     """Metrics over a whole split, as a table and RUN/metrics.json."""
     from rich.console import Console
 
+    from pipeline.evaluation import downstream_table, metrics_table
     from pipeline.evaluation import evaluate as evaluate_run
-    from pipeline.evaluation import metrics_table
 
-    Console().print(metrics_table(evaluate_run(run, data=data, split=split)))
+    metrics = evaluate_run(run, data=data, split=split, downstream=downstream, layer=layer)
+    console = Console()
+    console.print(metrics_table(metrics))
+    if downstream:
+        console.print(downstream_table(metrics))
 
 
 @app.command()

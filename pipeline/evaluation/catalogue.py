@@ -78,3 +78,30 @@ def shown(measure: Measure, metrics: dict[str, Any]) -> str:
 def present(metrics: list[dict[str, Any]]) -> list[Measure]:
     """The measures that at least one of the runs has, in the catalogue's order."""
     return [measure for measure in MEASURES if any(measure.key in values for values in metrics)]
+
+
+SYSTEMS = {"log_mel": "log-mel", "untrained": "untrained", "trained": "trained"}
+"""What downstream measures are taken of: two baselines, and the run."""
+TASKS = {"speaker": "speaker identification", "language": "language identification", "abx": "ABX, another voice"}
+
+
+def downstream_rows(downstream: dict[str, Any]) -> list[tuple[str, list[str], str]]:
+    """A row for each downstream measure: its name, a value for each of :data:`SYSTEMS`, and how to read it or why it is
+    missing.
+    """
+    rows = []
+    for task, name in TASKS.items():
+        if task in downstream["left_out"]:
+            rows.append((name, ["–"] * len(SYSTEMS), f"left out: {downstream['left_out'][task]}"))
+            continue
+        about = downstream["tasks"][task]
+        if task == "abx":
+            meaning = f"error; chance {percent(about['chance'])}, lower is better; {about['triples']} triples"
+        else:
+            tested = "other clips" if task == "speaker" else "clips of other speakers"
+            meaning = (
+                f"balanced accuracy of a linear probe on {about['tested']} {tested}; "
+                f"{about['classes']} {task}s, chance {percent(about['chance'])}"
+            )
+        rows.append((name, [percent(downstream["systems"][system][task]) for system in SYSTEMS], meaning))
+    return rows

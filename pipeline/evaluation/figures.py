@@ -229,5 +229,25 @@ def heat_map(title: str, values: Any, unit: str, colours: str = "cividis", log: 
         return svg(figure, title)
 
 
+def label_map(title: str, names: Sequence[str], values: Any, unit: str) -> str:
+    """Shares ``(labels, columns)`` with a name for each row."""
+    values = np.asarray(values, dtype=np.float64)
+    with style():
+        figure = Figure(figsize=(9.2, 0.22 * len(names) + 1.0))
+        axes = figure.subplots()
+        image = axes.imshow(values, cmap="cividis", vmin=0, interpolation="none", aspect="auto")
+        bar = figure.colorbar(image, ax=axes, pad=0.01)
+        bar.set_label(unit)
+        bar.outline.set_visible(False)
+        axes.grid(visible=False)
+        axes.set_xticks([])
+        axes.set_xlabel("codes, beside those that go with the same label")
+        axes.set_yticks(range(len(names)), names, fontsize=7.5)
+        axes.tick_params(length=0)
+        axes.spines[:].set_visible(False)
+        axes.set_title(title)
+        return svg(figure, title)
+
+
 def _short(value: int) -> str:
     return f"{value // 1024}k" if value >= 8192 else str(value)

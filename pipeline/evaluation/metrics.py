@@ -17,7 +17,7 @@ import torch
 
 from pipeline.data import ImageCollation, ShardedDataset, epoch_batches, read_manifest
 from pipeline.data.storage import write_whole
-from pipeline.evaluation.catalogue import present, shown
+from pipeline.evaluation.catalogue import SYSTEMS, downstream_rows, present, shown
 from pipeline.evaluation.image import measure_images
 from pipeline.evaluation.speech import measure_speech
 from pipeline.training.run_folder import Run
@@ -37,22 +37,27 @@ def evaluate(
     split: str | None = None,
     batches: int | None = None,
     device: str | None = None,
+    downstream: bool = False,
+    layer: int | None = None,
 ) -> dict[str, Any]:
     """Measure the latest whole checkpoint of a run and write RUN/metrics.json.
 
     ``data`` is a data set folder (the recipe's by default), ``split`` one of its splits (validation where there is
     one, else the recipe's), ``batches`` a limit for a quick look, ``device`` "cuda" where there is one, else "cpu".
-    Each sample is seen exactly once, without augmentation.
+    Each sample is seen exactly once, without augmentation. ``downstream`` adds what frozen features of the encoder's
+    ``layer`` are good for, see :mod:`pipeline.evaluation.downstream`.
 
     Returned and written: what was measured (``name``, ``kind``, ``quantizer``, ``step``, ``data``, ``split``,
-    ``complete``), the metrics of :mod:`pipeline.evaluation.catalogue`, and ``code_counts`` (groups × codes). Raises
-    FileNotFoundError for a folder without a run, ValueError for data of another kind or an unknown split, and
-    CheckpointError without a checkpoint.
+    ``complete``), the metrics of :mod:`pipeline.evaluation.catalogue`, ``code_counts`` (groups × codes), and if it was
+    asked for ``downstream``. Raises FileNotFoundError for a folder without a run, ValueError for data of another kind,
+    an unknown split or downstream measures of images, and CheckpointError without a checkpoint.
     """
     run = Run(run_dir)
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     checkpoint = run.latest_checkpoint()
     model, recipe = run.load_model(checkpoint, device=device)
+    if downstream and recipe.data_kind != "speech":
+        raise ValueError(f"{run.path} holds a model of {recipe.data_kind} data: downstream measures are of speech")
     dataset = open_split(recipe, data, split)
     limited = islice(ordered_batches(recipe, dataset), batches)
     if recipe.model.kind == "wav2vec2":
@@ -70,6 +75,10 @@ def evaluate(
         **metrics,
         "code_counts": counts,
     }
+    if downstream:
+        from pipeline.evaluation.downstream import measure_downstream
+
+        result["downstream"] = measure_downstream(model, recipe, dataset.path, layer, device)
     write_metrics(run.path / METRICS_FILE, result)
     return result
 
@@ -137,4 +146,24 @@ def metrics_table(metrics: dict[str, Any]) -> Table:
     table.add_column("meaning", style="dim")
     for measure in present([metrics]):
         table.add_row(measure.name, shown(measure, metrics), measure.meaning)
+    return table
+
+
+def downstream_table(metrics: dict[str, Any]) -> Table:
+    """A rich table of the downstream measures: a row each, a column for the baselines and the run."""
+    from rich.table import Table
+
+    found = metrics["downstream"]
+    table = Table(
+        title=f"frozen features of layer {found['layer']} of {found['layers']}, {found['clips']} clips",
+        title_justify="left",
+        box=None,
+        pad_edge=False,
+    )
+    table.add_column("measure", no_wrap=True)
+    for name in SYSTEMS.values():
+        table.add_column(name, justify="right", style="bold", no_wrap=True)
+    table.add_column("meaning", style="dim")
+    for name, values, meaning in downstream_rows(found):
+        table.add_row(name, *values, meaning)
     return table

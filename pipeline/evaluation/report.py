@@ -12,7 +12,7 @@ from pathlib import Path
 
 from pipeline.data.storage import write_whole
 from pipeline.evaluation import page
-from pipeline.evaluation.catalogue import present, shown
+from pipeline.evaluation.catalogue import SYSTEMS, downstream_rows, present, shown
 from pipeline.evaluation.figures import count_chart, line_chart, rank_chart
 from pipeline.evaluation.image_figures import image_pictures
 from pipeline.evaluation.run_view import RunView, open_runs
@@ -29,6 +29,10 @@ CURVES = {
     "codebook_usage": "Share of codes in use",
 }
 """Shown at once, in this order; everything else that was logged is folded away."""
+PROTOCOL = (
+    "What a layer's outputs are good for, with nothing of the encoder trained further: beside log-mel bands and the "
+    "encoder as its training began."
+)
 BOOKKEEPING = {"seconds", "epoch"}
 
 
@@ -108,6 +112,9 @@ def kind_section(name: str, kind: str, views: Sequence[RunView]) -> list[str]:
     measured = [view for view in views if view.metrics is not None]
     if measured:
         parts += [page.heading("Metrics", 3), metrics_rows(measured)]
+    probed = [view for view in measured if view.metrics and "downstream" in view.metrics]
+    if probed:
+        parts += [page.heading("Frozen features", 3), page.paragraph(PROTOCOL), *map(downstream_rows_of, probed)]
     main, rest = curve_figures(views, kind)
     if main:
         parts += [page.heading("Training", 3), page.cards(main)]
@@ -134,6 +141,14 @@ def metrics_rows(views: Sequence[RunView]) -> str:
         (measure.name, [shown(measure, values) for values in metrics], measure.meaning) for measure in present(metrics)
     ]
     return page.table([view.name for view in views], rows)
+
+
+def downstream_rows_of(view: RunView) -> str:
+    """A run's downstream measures beside its baselines."""
+    assert view.metrics is not None
+    found = view.metrics["downstream"]
+    name = f"{view.name}: layer {found['layer']} of {found['layers']}, {found['clips']} clips"
+    return page.paragraph(name) + page.table(list(SYSTEMS.values()), downstream_rows(found))
 
 
 def curve_figures(views: Sequence[RunView], kind: str) -> tuple[list[str], list[str]]:

@@ -1,4 +1,5 @@
-"""The pictures of speech runs: what was said, and the codes it became, on one time axis.
+"""The pictures of speech runs: what was said and the codes it became on one time axis, and who and which language the
+codes go with.
 
 In: runs with their models and the split they are measured on. Out: HTML.
 """
@@ -6,6 +7,7 @@ In: runs with their models and the split they are measured on. Out: HTML.
 from __future__ import annotations
 
 import colorsys
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -17,13 +19,20 @@ from torch import Tensor
 
 from pipeline.data import SampleReference
 from pipeline.evaluation import page
-from pipeline.evaluation.figures import style, svg
+from pipeline.evaluation.cooccurrence import by_label, count_codes, given_code, in_label_order, information
+from pipeline.evaluation.figures import label_map, style, svg
+from pipeline.evaluation.labels import labelled_clips
 from pipeline.evaluation.metrics import plain_collation
 from pipeline.evaluation.run_view import RunView, spread
 
 CLIPS = 3
 SECONDS = 4.0
 SAMPLE_RATE = 16_000
+COUNTED_SPEAKERS, COUNTED_CLIPS = 24, 10
+"""Of so many speakers so many clips are counted for the maps of codes and labels."""
+MAPPED_GROUPS = 2
+SHORTEST = 4800
+"""Audio samples of the shortest clip that is counted: some frames."""
 
 
 def speech_pictures(runs: Sequence[RunView]) -> list[str]:
@@ -36,7 +45,40 @@ def speech_pictures(runs: Sequence[RunView]) -> list[str]:
         "a code, a row for each group of the codebook; the same code has the same colour in every clip."
     )
     figures = [clip_figure(shown, index) for index in spread(len(shown[0].dataset), CLIPS)]
-    return [page.heading("Speech and its codes", 3), page.paragraph(explanation), *figures]
+    parts = [page.heading("Speech and its codes", 3), page.paragraph(explanation), *figures]
+    for run in shown:
+        parts += label_pictures(run)
+    return parts
+
+
+def label_pictures(run: RunView) -> list[str]:
+    """Heat maps of the codes that go with speakers and with languages, where the data set names two of them."""
+    if not run.model.quantizer.codes:
+        return []
+    clips = labelled_clips(
+        run.dataset.path, speakers=COUNTED_SPEAKERS, clips=COUNTED_CLIPS, fewest=1, shortest=SHORTEST
+    )
+    counts = count_codes(run.model, run.recipe, clips)
+    figures = []
+    for word in ("speaker", "language"):
+        labels = [getattr(clip, word) for clip in clips]
+        if len(set(labels) - {""}) < 2:
+            continue
+        names, table = by_label(counts, labels)
+        for group, of_group in enumerate(table[:MAPPED_GROUPS]):
+            shares = given_code(of_group)
+            order = in_label_order(shares)
+            title = f"Codes by {word}" + (f", group {group + 1}" if len(table) > 1 else "")
+            caption = (
+                f"How much of a code's use is each {word}'s, if all spoke as much: {len(order)} codes that occur. Code "
+                f"and {word} share {information(of_group):.2f} bits of {math.log2(len(names)):.2f}."
+            )
+            picture = label_map(title, names, shares[:, order].numpy(), f"share of the {word}")
+            figures.append(page.figure(picture, caption, "wide"))
+    if not figures:
+        return []
+    about = f"Of up to {COUNTED_CLIPS} clips of up to {COUNTED_SPEAKERS} speakers, of all splits."
+    return [page.heading(f"Who and what the codes of {run.name} go with", 3), page.paragraph(about), *figures]
 
 
 @torch.inference_mode()

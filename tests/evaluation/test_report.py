@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.evaluation import write_report
+from pipeline.evaluation import evaluate, write_report
+from pipeline.evaluation.metrics import write_metrics
 
 VOID = {"meta", "img", "br", "hr", "link", "input"}
 ADDRESSES = {"src", "href", "xlink:href", "data", "action", "poster", "srcset"}
@@ -81,8 +82,35 @@ def test_the_report_shows_speech_and_images(html: str) -> None:
     assert sum(label.startswith("reconstruction by ") for label in reader.labels) == 12
     assert sum(label.startswith("spectrogram and codes of ") for label in reader.labels) == 3
     assert any(label.startswith("map of ") for label in reader.labels)
+    assert "Codes by speaker" in reader.labels
+    assert "Codes by language" not in reader.labels  # no one named them
+    assert re.search(r"Code and speaker share \d\.\d\d bits of 2\.32", words)
     for word in ("PSNR", "contrastive accuracy", "topographic error", "4 × 3"):
         assert word in words
+
+
+def test_languages_and_frozen_features_are_shown_where_they_are_known(
+    speech_run: Path, speech_dataset: Path, tmp_path: Path
+) -> None:
+    data = shutil.copytree(speech_dataset, tmp_path / "data")
+    (data / "languages.tsv").write_text("allison-en\ten\nallison-es\ten\nivrvoice-ru\tru\njune-fr\tru\n")
+    run = shutil.copytree(speech_run, tmp_path / "run")
+    recipe = (run / "recipe.yaml").read_text()
+    (run / "recipe.yaml").write_text(recipe.replace(str(speech_dataset), str(data)))
+    metrics = evaluate(run, batches=1)
+    tasks = {
+        "speaker": {"chance": 0.2, "classes": 5, "fitted": 60, "tested": 20},
+        "abx": {"chance": 0.5, "triples": 320},
+    }
+    values = {"log_mel": {"speaker": 0.91, "abx": 0.03}, "untrained": {"speaker": 0.5, "abx": 0.25}}
+    values["trained"] = {"speaker": 0.7125, "abx": 0.125}
+    downstream = {"layer": 2, "layers": 3, "clips": 80, "tasks": tasks, "systems": values}
+    downstream["left_out"] = {"language": "nobody named them"}
+    write_metrics(run / "metrics.json", {**metrics, "downstream": downstream})
+    reader = Reader(write_report(run).read_text())
+    assert "Codes by language" in reader.labels
+    for word in ("speaker identification", "untrained", "91.0%", "71.2%", "12.5%", "left out: nobody named them"):
+        assert word in reader.words
 
 
 def test_one_run_writes_beside_itself(image_run: Path) -> None:
