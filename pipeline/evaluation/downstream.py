@@ -6,7 +6,8 @@ In: a trained speech model, its recipe and a labelled data set. Out: three measu
 - language identification: the same, tested on other speakers, half of each language's speakers by turns;
 - ABX of sounds in another voice: A and X are the same moment of a clip, X after the clip was resampled as if spoken by
   a voice a quarter higher and faster, or a fifth lower and slower; B is another moment of the clip. ABX of phones needs
-  their times, which no prepared data set holds; this asks for the same and needs no labels.
+  their times, which no prepared data set holds; this asks for something alike and needs no labels. Who hears more than
+  the moment knows it by its surroundings too: compare an encoder with the untrained one, which hears as much.
 
 The encoder may have heard clips of the train split, though never a label. Nothing is drawn at random.
 """
