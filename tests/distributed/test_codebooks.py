@@ -350,7 +350,7 @@ def _meet_nan(name: str, options: dict[str, Any]) -> tuple[str, bool]:
 def test_nan_on_one_rank_is_named_there_and_nobody_waits_forever(kind):
     *others, met = run_ranks(_meet_nan, 2, kind, KINDS[kind], timeout=60)
     message, unchanged = met
-    assert message.startswith(f"ValueError: {kind}, step 2: 2 of 34 latents hold NaN or infinity")
+    assert message.startswith(f"InfiniteLatents: {kind}, step 2: 2 of 34 latents hold NaN or infinity")
     assert unchanged
     for message, unchanged in others:
         assert message.startswith("RuntimeError: ")
