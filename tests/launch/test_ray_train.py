@@ -53,6 +53,7 @@ def _when_attempt(run, attempt, act):
     threading.Thread(target=wait, daemon=True).start()
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_a_signal_stops_the_workers_and_a_dead_one_is_replaced(ray_cluster, recipe_file, tmp_path):
     run = Run(tmp_path / "run")
