@@ -81,6 +81,7 @@ def test_what_a_worker_says_reaches_the_caller(ray_cluster, recipe_file, image_d
         train_on_ray(recipe_file, tmp_path / "run", RANKS, use_gpu=False)
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_a_start_without_places_says_so_and_hears_a_signal(ray_cluster, recipe_file, tmp_path):
     cpus = int(ray_cluster["CPU"])
