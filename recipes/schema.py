@@ -24,7 +24,6 @@ from pipeline.quantizers.residual import LEVEL_KINDS, LevelConfig
 from pipeline.training.config import CodebookConfig, EngineConfig, OptimizerConfig, ScheduleConfig, TrainingConfig
 
 RECIPE_FOLDER = Path(__file__).parent
-DATA_KIND = {"wav2vec2": "speech", "autoencoder": "image"}
 
 
 class RecipeError(ValueError):
@@ -52,7 +51,7 @@ class Recipe(BaseModel):
     @property
     def data_kind(self) -> str:
         """ "speech" or "image": the kind of data set this recipe reads."""
-        return DATA_KIND[self.model.kind]
+        return self.model.reads
 
     @model_validator(mode="after")
     def _combinations_mean_something(self) -> Recipe:

@@ -6,11 +6,12 @@ that open.
 
 from __future__ import annotations
 
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
-from pipeline.models.config import AutoencoderConfig, Wav2Vec2Config
+from pipeline.models.config import ModelConfig, Wav2Vec2Config
 from pipeline.quantizers import Quantizer, build_quantizer
 
 if TYPE_CHECKING:
@@ -18,27 +19,29 @@ if TYPE_CHECKING:
     from recipes.schema import Recipe
 
 
-def build_model(model: Wav2Vec2Config | AutoencoderConfig, quantizer: Any) -> nn.Module:
+MODELS = {
+    "wav2vec2": ("pipeline.models.speech", "Wav2Vec2Pretraining"),
+    "autoencoder": ("pipeline.models.autoencoder", "Autoencoder"),
+}
+"""Kind of model → its module, loaded when one is built, and its class, made of a configuration and a quantizer."""
+
+
+def build_model(model: ModelConfig, quantizer: Any) -> nn.Module:
     """The model of a recipe's ``model`` and ``quantizer`` sections, with random weights from torch's generator.
 
     Raises ValueError when ``quantizer.dim`` is given and is not what the model makes.
     """
-    if isinstance(model, AutoencoderConfig):
-        from pipeline.models.autoencoder import Autoencoder
-
-        return Autoencoder(model, _quantizer_for(model.latent_dim, "model.latent_dim", quantizer))
-    from pipeline.models.speech import Wav2Vec2Pretraining
-
-    return Wav2Vec2Pretraining(model, _quantizer_for(model.feature_dim, "the last of model.conv_layers", quantizer))
+    module, name = MODELS[model.kind]
+    return getattr(import_module(module), name)(model, _quantizer_for(*model.quantizer_input, quantizer))
 
 
 def build_collation(recipe: Recipe) -> Collation:
     """How the recipe's samples become micro-batches: for speech the model decides frames, masks and negatives."""
     from pipeline.data import ImageCollation, SpeechCollation
 
-    if isinstance(recipe.model, AutoencoderConfig):
-        return ImageCollation(recipe.data, recipe.seed)
-    return SpeechCollation(recipe.data, recipe.model.masking, recipe.model.conv_layers, recipe.seed)
+    if isinstance(recipe.model, Wav2Vec2Config):
+        return SpeechCollation(recipe.data, recipe.model.masking, recipe.model.conv_layers, recipe.seed)
+    return ImageCollation(recipe.data, recipe.seed)
 
 
 def _quantizer_for(dim: int, source: str, config: Any) -> Quantizer:
