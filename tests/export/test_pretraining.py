@@ -15,6 +15,7 @@ from pipeline.models.published import read_published
 from pipeline.quantizers.gumbel import GumbelConfig
 from recipes.schema import Recipe, load_recipe
 from tests.export.test_huggingface import LAYOUTS
+from tests.models.published import pretraining_output
 from tests.models.speech import make_batch, tiny_model
 
 GUMBEL = {
@@ -35,16 +36,6 @@ def gumbel_model(**changes: Any) -> tuple[nn.Module, Recipe]:
     return model, recipe.model_copy(update={"model": model.config, "quantizer": quantizer})
 
 
-def indices_of_theirs(batch) -> torch.Tensor:
-    """Our distractors, counted among a clip's masked frames, as transformers counts them: frames of the flat batch."""
-    rows, frames = batch.mask.shape
-    found = torch.zeros(rows, frames, batch.negatives.shape[2], dtype=torch.int64)
-    for row in range(rows):
-        places = batch.mask[row].nonzero().squeeze(1)
-        found[row, places] = row * frames + places[batch.negatives[row, : len(places)]]
-    return found
-
-
 @pytest.mark.parametrize("layout", ["base", "large"])
 def test_transformers_computes_the_same_loss_and_gradients(layout, tmp_path):
     """Same padded clips, masks and distractors; among these some of the positive's own code, which both leave out."""
@@ -57,13 +48,7 @@ def test_transformers_computes_the_same_loss_and_gradients(layout, tmp_path):
     assert not loading["missing_keys"]
     assert not loading["unexpected_keys"]
     batch = make_batch(model.config)
-    attention = torch.arange(batch.waveforms.shape[1]) < batch.lengths.unsqueeze(1)
-    expected = theirs.eval()(
-        batch.waveforms,
-        attention_mask=attention.long(),
-        mask_time_indices=batch.mask,
-        sampled_negative_indices=indices_of_theirs(batch),
-    )
+    expected = pretraining_output(theirs.eval(), batch)
     output = model(batch)
     valid, drawn = output.metrics["valid_negatives"]
     assert 0.2 < float(valid / drawn) < 0.99

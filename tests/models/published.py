@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from pipeline.data import SpeechBatch
 from pipeline.models.config import Wav2Vec2Config
 from pipeline.quantizers.gumbel import GumbelConfig
 from recipes.schema import Recipe, load_recipe
@@ -75,6 +76,23 @@ def huggingface_folder(
     model.save_pretrained(folder)
     transformers.Wav2Vec2FeatureExtractor(do_normalize=config.conv_norm == "layer").save_pretrained(folder)
     return model
+
+
+def pretraining_output(theirs: Any, batch: SpeechBatch) -> Any:
+    """What a ``Wav2Vec2ForPreTraining`` makes of our batch: the same padded clips, masks and distractors."""
+    attention = torch.arange(batch.waveforms.shape[1]) < batch.lengths.unsqueeze(1)
+    # Ours are counted among a clip's masked frames, theirs among the frames of the flat batch.
+    rows, frames = batch.mask.shape
+    negatives = torch.zeros(rows, frames, batch.negatives.shape[2], dtype=torch.int64)
+    for row in range(rows):
+        places = batch.mask[row].nonzero().squeeze(1)
+        negatives[row, places] = row * frames + places[batch.negatives[row, : len(places)].long()]
+    return theirs(
+        batch.waveforms,
+        attention_mask=attention.long(),
+        mask_time_indices=batch.mask,
+        sampled_negative_indices=negatives,
+    )
 
 
 def fairseq_state(config: Wav2Vec2Config, seed: int = 2) -> dict[str, Tensor]:

@@ -10,7 +10,7 @@ from transformers import Wav2Vec2ForPreTraining, Wav2Vec2Model
 from pipeline.codebooks import CodebookSync
 from pipeline.models.initialise import initialise, take_weights
 from pipeline.models.published import Published
-from tests.models.published import GUMBEL, LAYOUTS, huggingface_folder, recipe_of
+from tests.models.published import GUMBEL, LAYOUTS, huggingface_folder, pretraining_output, recipe_of
 from tests.models.speech import make_batch, tiny_config, tiny_model
 
 
@@ -24,16 +24,6 @@ def both(layout, folder, **changes):
     return theirs, model
 
 
-def indices_of_theirs(batch):
-    """Our distractors, counted among a clip's masked frames, as transformers counts them: frames of the flat batch."""
-    rows, frames = batch.mask.shape
-    found = torch.zeros(rows, frames, batch.negatives.shape[2], dtype=torch.int64)
-    for row in range(rows):
-        places = batch.mask[row].nonzero().squeeze(1)
-        found[row, places] = row * frames + places[batch.negatives[row, : len(places)].long()]
-    return found
-
-
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_loss_and_gradients_are_those_of_transformers(layout, tmp_path):
     """Padded clips; among the distractors some of the positive's own code, which both leave out."""
@@ -43,13 +33,7 @@ def test_loss_and_gradients_are_those_of_transformers(layout, tmp_path):
     for projection in (theirs.project_q, model.target_projection):
         nn.init.eye_(projection.weight)
     batch = make_batch(model.config)
-    attention = torch.arange(batch.waveforms.shape[1]) < batch.lengths.unsqueeze(1)
-    expected = theirs(
-        batch.waveforms,
-        attention_mask=attention.long(),
-        mask_time_indices=batch.mask,
-        sampled_negative_indices=indices_of_theirs(batch),
-    )
+    expected = pretraining_output(theirs, batch)
     output = model(batch)
     valid, drawn = output.metrics["valid_negatives"]
     assert 0.2 < float(valid / drawn) < 0.99
