@@ -14,17 +14,12 @@ import torch
 import yaml
 from torch import Tensor
 
-from pipeline.models.config import Wav2Vec2Config
+from pipeline.models.names import FAIRSEQ2, renamed_state
+from pipeline.models.speech_config import Wav2Vec2Config
 
 if TYPE_CHECKING:
     from recipes.schema import Recipe
 
-_PARTS = {
-    "frontend": "encoder_frontend",
-    "encoder": "encoder",
-    "context_projection": "final_proj",
-    "target_projection": "final_target_proj",
-}
 _STAND_IN = (2, 320)
 """Groups and codes of the published quantizer."""
 
@@ -83,18 +78,12 @@ def fairseq2_pretraining_config(model: Any, recipe: Recipe) -> Any:
 
 def fairseq2_state(model: Any, recipe: Recipe) -> dict[str, Tensor]:
     """The state dict under fairseq2's names; with the quantizer if it is ``gumbel``."""
-    state = {"masker.temporal_mask_embed": model.mask_embedding.detach()}
-    for ours, theirs in _PARTS.items():
-        for name, tensor in getattr(model, ours).state_dict().items():
-            state[f"{theirs}.{name}"] = tensor
-    if recipe.quantizer.kind == "gumbel":
-        quantizer = model.quantizer.state_dict()
-        state["quantizer.entry_proj.weight"] = quantizer["head.weight"]
-        state["quantizer.entry_proj.bias"] = quantizer["head.bias"]
-        # (groups, codes, code_dim) → (1, groups · codes, code_dim): group g's codes start at g · codes
-        state["quantizer.entries"] = quantizer["code_vectors.weight"].flatten(0, 1).unsqueeze(0)
-        state["quantizer.num_updates"] = quantizer["updates"]
-    return state
+    state, gumbel = model.state_dict(), recipe.quantizer.kind == "gumbel"
+    updates = state.pop("quantizer.updates")
+    kept = {name: tensor for name, tensor in state.items() if gumbel or not name.startswith("quantizer.")}
+    renamed = renamed_state(FAIRSEQ2, kept, model.config)
+    # Not in the table: who continues pretraining from a checkpoint starts the schedules anew.
+    return renamed | {"quantizer.num_updates": updates} if gumbel else renamed
 
 
 def _plain(config: Any) -> Any:

@@ -9,7 +9,6 @@ quantizers see, so `load_quantizer(folder).encode(output.extract_features)` give
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,41 +17,16 @@ from torch import Tensor
 
 from pipeline.data import ShardedDataset
 from pipeline.data.config import SAMPLE_RATE
-from pipeline.models.config import Wav2Vec2Config
+from pipeline.models.names import HUGGINGFACE, renamed_state
+from pipeline.models.speech_config import Wav2Vec2Config
 from pipeline.training.run_folder import Run
 
 if TYPE_CHECKING:
     from recipes.schema import Recipe
 
-# Old name, new name; the first pattern that matches a whole name decides.
-_RENAMES = [
-    (r"frontend\.feature_extractor\.layers\.(\d+)\.conv\.(.*)", r"feature_extractor.conv_layers.\1.conv.\2"),
-    (r"frontend\.feature_extractor\.layers\.(\d+)\.(?:group|layer)_norm\.(.*)",
-     r"feature_extractor.conv_layers.\1.layer_norm.\2"),
-    (r"frontend\.post_extract_layer_norm\.(.*)", r"feature_projection.layer_norm.\1"),
-    (r"frontend\.model_dim_proj\.(.*)", r"feature_projection.projection.\1"),
-    (r"frontend\.pos_encoder\.conv\.weight_g", "encoder.pos_conv_embed.conv.parametrizations.weight.original0"),
-    (r"frontend\.pos_encoder\.conv\.weight_v", "encoder.pos_conv_embed.conv.parametrizations.weight.original1"),
-    (r"frontend\.pos_encoder\.conv\.bias", "encoder.pos_conv_embed.conv.bias"),
-    (r"frontend\.layer_norm\.(.*)", r"encoder.layer_norm.\1"),
-    (r"encoder\.layer_norm\.(.*)", r"encoder.layer_norm.\1"),
-    (r"encoder\.layers\.(\d+)\.self_attn\.output_proj\.(.*)", r"encoder.layers.\1.attention.out_proj.\2"),
-    (r"encoder\.layers\.(\d+)\.self_attn\.([qkv]_proj)\.(.*)", r"encoder.layers.\1.attention.\2.\3"),
-    (r"encoder\.layers\.(\d+)\.self_attn_layer_norm\.(.*)", r"encoder.layers.\1.layer_norm.\2"),
-    (r"encoder\.layers\.(\d+)\.ffn\.inner_proj\.(.*)", r"encoder.layers.\1.feed_forward.intermediate_dense.\2"),
-    (r"encoder\.layers\.(\d+)\.ffn\.output_proj\.(.*)", r"encoder.layers.\1.feed_forward.output_dense.\2"),
-    (r"encoder\.layers\.(\d+)\.ffn_layer_norm\.(.*)", r"encoder.layers.\1.final_layer_norm.\2"),
-    (r"mask_embedding", "masked_spec_embed"),
-]  # fmt: skip
-_PRETRAINING_RENAMES = {
-    "quantizer.head.weight": "quantizer.weight_proj.weight",
-    "quantizer.head.bias": "quantizer.weight_proj.bias",
-    "context_projection.weight": "project_hid.weight",
-    "context_projection.bias": "project_hid.bias",
-    "target_projection.weight": "project_q.weight",
-    "target_projection.bias": "project_q.bias",
-}
-_OURS_ALONE = ("quantizer.", "context_projection.", "target_projection.")
+_TARGETS = ("quantizer.", "context_projection.", "target_projection.")
+"""Of pretraining: `Wav2Vec2ForPreTraining` has them beside its encoder ``wav2vec2``."""
+_PROJECTION = "feature_projection.projection"
 
 
 def write_huggingface(model: Any, recipe: Recipe, folder: Path) -> None:
@@ -68,10 +42,10 @@ def write_huggingface(model: Any, recipe: Recipe, folder: Path) -> None:
     if recipe.quantizer.kind == "gumbel":
         config.update(_quantizer_config(model.quantizer))
         theirs = Wav2Vec2ForPreTraining(config)
-        theirs.load_state_dict(pretraining_state(model.state_dict(), config.hidden_size))
+        theirs.load_state_dict(pretraining_state(model.state_dict(), model.config))
     else:
         theirs = Wav2Vec2Model(config)
-        theirs.load_state_dict(huggingface_state(model.state_dict(), config.hidden_size))
+        theirs.load_state_dict(huggingface_state(model.state_dict(), model.config))
     theirs.eval().save_pretrained(folder)
     Wav2Vec2FeatureExtractor(
         feature_size=1,
@@ -131,34 +105,23 @@ def _quantizer_config(quantizer: Any) -> dict[str, Any]:
     }
 
 
-def pretraining_state(state: dict[str, Tensor], model_dim: int) -> dict[str, Tensor]:
+def pretraining_state(state: dict[str, Tensor], config: Wav2Vec2Config) -> dict[str, Tensor]:
     """The state dict of a model with a Gumbel quantizer under the names of ``Wav2Vec2ForPreTraining``."""
-    renamed = {f"wav2vec2.{name}": tensor for name, tensor in huggingface_state(state, model_dim).items()}
-    renamed |= {theirs: state[ours] for ours, theirs in _PRETRAINING_RENAMES.items()}
-    # (groups, codes, code_dim) → (1, groups · codes, code_dim): group g's codes start at g · codes
-    renamed["quantizer.codevectors"] = state["quantizer.code_vectors.weight"].flatten(0, 1).unsqueeze(0)
-    return renamed
+    targets = {name: tensor for name, tensor in state.items() if name.startswith(_TARGETS)}
+    del targets["quantizer.updates"]  # transformers counts no steps
+    encoder = {f"wav2vec2.{name}": tensor for name, tensor in huggingface_state(state, config).items()}
+    return encoder | renamed_state(HUGGINGFACE, targets, config)
 
 
-def huggingface_state(state: dict[str, Tensor], model_dim: int) -> dict[str, Tensor]:
-    """Our state dict under transformers' names; the quantizer and the two projections of pretraining are left out."""
-    renamed, homeless = {}, []
-    for name, tensor in state.items():
-        if name.startswith(_OURS_ALONE):
-            continue
-        for pattern, replacement in _RENAMES:
-            match = re.fullmatch(pattern, name)
-            if match:
-                renamed[match.expand(replacement)] = tensor
-                break
-        else:
-            homeless.append(name)
-    if homeless:
-        raise ValueError(f"transformers' Wav2Vec2Model has no place for {', '.join(homeless)}")
-    if "feature_projection.projection.weight" not in renamed:
+def huggingface_state(state: dict[str, Tensor], config: Wav2Vec2Config) -> dict[str, Tensor]:
+    """Our state dict under the names of ``Wav2Vec2Model``; the quantizer and the two projections of pretraining are
+    left out."""
+    encoder = {name: tensor for name, tensor in state.items() if not name.startswith(_TARGETS)}
+    renamed = renamed_state(HUGGINGFACE, encoder, config)
+    if f"{_PROJECTION}.weight" not in renamed:
         # fairseq2 leaves the projection out when the sizes agree; transformers has one always.
-        renamed["feature_projection.projection.weight"] = torch.eye(model_dim)
-        renamed["feature_projection.projection.bias"] = torch.zeros(model_dim)
+        renamed[f"{_PROJECTION}.weight"] = torch.eye(config.model_dim)
+        renamed[f"{_PROJECTION}.bias"] = torch.zeros(config.model_dim)
     return renamed
 
 

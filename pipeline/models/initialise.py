@@ -8,14 +8,14 @@ anew, Gumbel's temperature too: ``quantizer.temperature`` says from where.
 
 from __future__ import annotations
 
-import re
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from pipeline.models.config import Wav2Vec2Config
+from pipeline.models.names import TOOLKITS, group_codes
 from pipeline.models.published import Published, WeightsError, read_published
+from pipeline.models.speech_config import Wav2Vec2Config
 
 if TYPE_CHECKING:
     from recipes.schema import Recipe
@@ -23,66 +23,6 @@ if TYPE_CHECKING:
 _NAMED = 6  # of many names, so many are written out
 _ENCODER = ("frontend.", "encoder.", "mask_embedding")
 _TARGETS = ("quantizer.", "target_projection.")
-
-# Of each toolkit: a name that all its checkpoints have, and (their name, ours); the first whole match decides.
-_HUGGINGFACE = [
-    (r"feature_extractor\.conv_layers\.(\d+)\.conv\.(.*)", r"frontend.feature_extractor.layers.\1.conv.\2"),
-    (r"feature_extractor\.conv_layers\.(\d+)\.layer_norm\.(.*)", r"frontend.feature_extractor.layers.\1.NORM.\2"),
-    (r"feature_projection\.layer_norm\.(.*)", r"frontend.post_extract_layer_norm.\1"),
-    (r"feature_projection\.projection\.(.*)", r"frontend.model_dim_proj.\1"),
-    (r"encoder\.pos_conv_embed\.conv\.(?:parametrizations\.weight\.original0|weight_g)",
-     "frontend.pos_encoder.conv.weight_g"),
-    (r"encoder\.pos_conv_embed\.conv\.(?:parametrizations\.weight\.original1|weight_v)",
-     "frontend.pos_encoder.conv.weight_v"),
-    (r"encoder\.pos_conv_embed\.conv\.bias", "frontend.pos_encoder.conv.bias"),
-    (r"encoder\.layer_norm\.(.*)", r"FINAL_NORM.\1"),
-    (r"encoder\.layers\.(\d+)\.attention\.out_proj\.(.*)", r"encoder.layers.\1.self_attn.output_proj.\2"),
-    (r"encoder\.layers\.(\d+)\.attention\.([qkv]_proj\..*)", r"encoder.layers.\1.self_attn.\2"),
-    (r"encoder\.layers\.(\d+)\.layer_norm\.(.*)", r"encoder.layers.\1.self_attn_layer_norm.\2"),
-    (r"encoder\.layers\.(\d+)\.feed_forward\.intermediate_dense\.(.*)", r"encoder.layers.\1.ffn.inner_proj.\2"),
-    (r"encoder\.layers\.(\d+)\.feed_forward\.output_dense\.(.*)", r"encoder.layers.\1.ffn.output_proj.\2"),
-    (r"encoder\.layers\.(\d+)\.final_layer_norm\.(.*)", r"encoder.layers.\1.ffn_layer_norm.\2"),
-    (r"masked_spec_embed", "mask_embedding"),
-    (r"project_hid\.(.*)", r"context_projection.\1"),
-    (r"project_q\.(.*)", r"target_projection.\1"),
-    (r"quantizer\.weight_proj\.(.*)", r"quantizer.head.\1"),
-    (r"quantizer\.codevectors", "quantizer.code_vectors.weight"),
-]  # fmt: skip
-_FAIRSEQ = [
-    (r"feature_extractor\.conv_layers\.(\d+)\.0\.(.*)", r"frontend.feature_extractor.layers.\1.conv.\2"),
-    (r"feature_extractor\.conv_layers\.(\d+)\.2\.1\.(.*)", r"frontend.feature_extractor.layers.\1.layer_norm.\2"),
-    (r"feature_extractor\.conv_layers\.0\.2\.(.*)", r"frontend.feature_extractor.layers.0.group_norm.\1"),
-    (r"layer_norm\.(.*)", r"frontend.post_extract_layer_norm.\1"),
-    (r"post_extract_proj\.(.*)", r"frontend.model_dim_proj.\1"),
-    (r"encoder\.pos_conv\.0\.(.*)", r"frontend.pos_encoder.conv.\1"),
-    (r"encoder\.layer_norm\.(.*)", r"FINAL_NORM.\1"),
-    (r"encoder\.layers\.(\d+)\.self_attn\.out_proj\.(.*)", r"encoder.layers.\1.self_attn.output_proj.\2"),
-    (r"encoder\.layers\.(\d+)\.fc1\.(.*)", r"encoder.layers.\1.ffn.inner_proj.\2"),
-    (r"encoder\.layers\.(\d+)\.fc2\.(.*)", r"encoder.layers.\1.ffn.output_proj.\2"),
-    (r"encoder\.layers\.(\d+)\.final_layer_norm\.(.*)", r"encoder.layers.\1.ffn_layer_norm.\2"),
-    (r"encoder\.layers\.(.*)", r"encoder.layers.\1"),
-    (r"mask_emb", "mask_embedding"),
-    (r"final_proj\.(.*)", r"context_projection.\1"),
-    (r"project_q\.(.*)", r"target_projection.\1"),
-    (r"quantizer\.weight_proj\.(.*)", r"quantizer.head.\1"),
-    (r"quantizer\.vars", "quantizer.code_vectors.weight"),
-]
-_FAIRSEQ2 = [
-    (r"encoder_frontend\.(.*)", r"frontend.\1"),
-    (r"encoder\.(.*)", r"encoder.\1"),
-    (r"masker\.temporal_mask_embed", "mask_embedding"),
-    (r"final_proj\.(.*)", r"context_projection.\1"),
-    (r"final_target_proj\.(.*)", r"target_projection.\1"),
-    (r"quantizer\.entry_proj\.(.*)", r"quantizer.head.\1"),
-    (r"quantizer\.entries", "quantizer.code_vectors.weight"),
-]
-_TESSERA = [(r"(.*)", r"\1")]
-_LAYOUTS = {
-    "Hugging Face": ("feature_projection.layer_norm.weight", _HUGGINGFACE),
-    "fairseq": ("feature_extractor.conv_layers.0.0.weight", _FAIRSEQ),
-    "fairseq2": ("encoder_frontend.post_extract_layer_norm.weight", _FAIRSEQ2),
-    "tessera": ("frontend.post_extract_layer_norm.weight", _TESSERA),
-}
 
 
 def initialise(model: nn.Module, recipe: Recipe) -> list[str]:
@@ -114,7 +54,7 @@ def take_weights(model: Any, published: Published, normalise: bool) -> list[str]
     ours = {name: tensor for name, tensor in model.state_dict().items() if name != "quantizer.updates"}
     _drop_identity(theirs, ours)
     _check_encoder(theirs, ours)
-    _group_codes(theirs, model.quantizer)
+    group_codes(theirs, model.quantizer.groups, model.quantizer.codes)
     anew = [name for name in ours if not name.startswith(_TARGETS) and _shape(theirs, name) != tuple(ours[name].shape)]
     told = [f"start anew, as it has none of their shape: {_some(anew)}"] if anew else []
     reason = _other_targets(theirs, ours, model.quantizer, layout, published.model)
@@ -139,33 +79,26 @@ def take_weights(model: Any, published: Published, normalise: bool) -> list[str]
 
 def _renamed(published: Published, config: Wav2Vec2Config) -> tuple[str, dict[str, Tensor], list[str]]:
     """The toolkit, its tensors under our names, and the names of those that have none here."""
-    state = published.state
     found = [
-        (layout, name.removesuffix(anchor), renames)
-        for layout, (anchor, renames) in _LAYOUTS.items()
-        for name in state
-        if name == anchor or name.endswith(f".{anchor}")
+        (toolkit, name.removesuffix(toolkit.anchor))
+        for toolkit in TOOLKITS
+        for name in published.state
+        if name == toolkit.anchor or name.endswith(f".{toolkit.anchor}")
     ]
     if not found:
         raise WeightsError(
-            f"no wav2vec 2.0 of {', '.join(_LAYOUTS)}: it has {_some(list(state))}, and none of "
-            + ", ".join(anchor for anchor, _ in _LAYOUTS.values())
+            f"no wav2vec 2.0 of {', '.join(toolkit.name for toolkit in TOOLKITS)}: it has "
+            f"{_some(list(published.state))}, and none of {', '.join(toolkit.anchor for toolkit in TOOLKITS)}"
         )
-    layout, prefix, renames = found[0]  # of fine-tuned models "wav2vec2." or "w2v_encoder.w2v_model."
-    places = {
-        "NORM": "group_norm" if config.conv_norm == "group" else "layer_norm",
-        "FINAL_NORM": "frontend.layer_norm" if config.norm_order == "post" else "encoder.layer_norm",
-    }
+    toolkit, prefix = found[0]  # of fine-tuned models "wav2vec2." or "w2v_encoder.w2v_model."
     renamed, strange = {}, []
-    for name, tensor in state.items():
-        matches = (re.fullmatch(pattern, name.removeprefix(prefix)) for pattern, _ in renames)
-        chosen = next(((match, ours) for match, (_, ours) in zip(matches, renames, strict=True) if match), None)
-        if chosen is None:
+    for name, tensor in published.state.items():
+        ours = toolkit.ours(name.removeprefix(prefix), config)
+        if ours is None:
             strange.append(name)
-            continue
-        ours = chosen[0].expand(chosen[1])
-        renamed[re.sub(r"\b(FINAL_NORM|NORM)\b", lambda place: places[place[0]], ours)] = tensor
-    return layout, renamed, strange
+        else:
+            renamed[ours] = tensor
+    return toolkit.name, renamed, strange
 
 
 def _check_settings(theirs: dict[str, Any], config: Wav2Vec2Config) -> None:
@@ -206,13 +139,6 @@ def _check_encoder(theirs: dict[str, Tensor], ours: dict[str, Any]) -> None:
     ]
     if problems:
         raise WeightsError(f"another encoder than the recipe's model: {'; '.join(problems)}")
-
-
-def _group_codes(theirs: dict[str, Tensor], quantizer: Any) -> None:
-    """Others keep all groups' codes in one table ``(1, groups · codes, code_dim)``, group g's from g · codes on."""
-    codes, grouped = theirs.get("quantizer.code_vectors.weight"), (quantizer.groups, quantizer.codes)
-    if codes is not None and codes.ndim == 3 and tuple(codes.shape[:2]) == (1, grouped[0] * grouped[1]):
-        theirs["quantizer.code_vectors.weight"] = codes.unflatten(1, grouped)[0]
 
 
 def _other_targets(

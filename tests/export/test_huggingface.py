@@ -100,7 +100,7 @@ def test_the_weights_are_renamed_and_not_computed_with(tmp_path):
     model = tiny_model().eval()
     write_huggingface(model, recipe_of(model.config), tmp_path)
     written = load_file(tmp_path / "model.safetensors")
-    expected = huggingface_state(model.state_dict(), model.config.model_dim)
+    expected = huggingface_state(model.state_dict(), model.config)
     assert written.keys() == expected.keys()
     assert all(torch.equal(tensor, expected[name]) for name, tensor in written.items())
     ours = {name for name in model.state_dict() if not name.startswith(("quantizer", "context_proj", "target_proj"))}
@@ -108,9 +108,10 @@ def test_the_weights_are_renamed_and_not_computed_with(tmp_path):
 
 
 def test_weights_without_a_place_are_named():
-    state = tiny_model().state_dict() | {"encoder.layers.0.adapter.weight": torch.zeros(1)}
+    model = tiny_model()
+    state = model.state_dict() | {"encoder.layers.0.adapter.weight": torch.zeros(1)}
     with pytest.raises(ValueError, match=r"no place for encoder\.layers\.0\.adapter\.weight"):
-        huggingface_state(state, 24)
+        huggingface_state(state, model.config)
 
 
 @pytest.mark.parametrize("normalised", [True, False])

@@ -60,7 +60,7 @@ def test_transformers_computes_the_same_loss_and_gradients(layout, tmp_path):
     expected.contrastive_loss.backward()
     zeros = {name: torch.zeros_like(tensor) for name, tensor in model.state_dict().items()}
     ours = {name: parameter.grad for name, parameter in model.named_parameters() if parameter.grad is not None}
-    ours = pretraining_state(zeros | ours, model.config.model_dim)
+    ours = pretraining_state(zeros | ours, model.config)
     met = 0
     for name, parameter in theirs.named_parameters():
         if parameter.grad is None:  # argmax gives the quantizer's head no gradient
