@@ -311,12 +311,22 @@ def evaluate(
 
     from pipeline.evaluation import downstream_table, metrics_table
     from pipeline.evaluation import evaluate as evaluate_run
+    from pipeline.evaluation.metrics import downstream_outdated, read_metrics
 
+    if layer is not None and not downstream:
+        raise typer.BadParameter("--layer says what --downstream probes: give both, or neither")
+    before = read_metrics(run) or {}
     metrics = evaluate_run(run, data=data, split=split, downstream=downstream, layer=layer)
     console = Console()
     console.print(metrics_table(metrics))
-    if downstream:
+    if "downstream" in metrics:
         console.print(downstream_table(metrics))
+    elif "downstream" in before:
+        console.print(
+            f"the downstream measures in metrics.json were dropped: they were {downstream_outdated(before, metrics)}; "
+            "--downstream measures again",
+            soft_wrap=True,
+        )
 
 
 @app.command()

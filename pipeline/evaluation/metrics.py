@@ -45,11 +45,12 @@ def evaluate(
     ``data`` is a data set folder (the recipe's by default), ``split`` one of its splits (validation where there is
     one, else the recipe's), ``batches`` a limit for a quick look, ``device`` "cuda" where there is one, else "cpu".
     Each sample is seen exactly once, without augmentation. ``downstream`` adds what frozen features of the encoder's
-    ``layer`` are good for, see :mod:`pipeline.evaluation.downstream`.
+    ``layer`` are good for, see :mod:`pipeline.evaluation.downstream`; without it, what an earlier evaluation found of
+    the same checkpoint with the same data is kept.
 
     Returned and written: what was measured (``name``, ``kind``, ``quantizer``, ``step``, ``data``, ``split``,
-    ``complete``), the metrics of :mod:`pipeline.evaluation.catalogue`, ``code_counts`` (groups × codes), and if it was
-    asked for ``downstream``. Raises FileNotFoundError for a folder without a run, ValueError for data of another kind,
+    ``complete``), the metrics of :mod:`pipeline.evaluation.catalogue`, ``code_counts`` (groups × codes), and if it is
+    known ``downstream``. Raises FileNotFoundError for a folder without a run, ValueError for data of another kind,
     an unknown split or downstream measures of images, and CheckpointError without a checkpoint.
     """
     run = Run(run_dir)
@@ -79,8 +80,19 @@ def evaluate(
         from pipeline.evaluation.downstream import measure_downstream
 
         result["downstream"] = measure_downstream(model, recipe, dataset.path, layer, device)
+    else:
+        before = read_metrics(run.path) or {}
+        if "downstream" in before and not downstream_outdated(before, result):
+            result["downstream"] = before["downstream"]
     write_metrics(run.path / METRICS_FILE, result)
     return result
+
+
+def downstream_outdated(before: dict[str, Any], now: dict[str, Any]) -> str:
+    """Why the downstream measures of an earlier evaluation are not of this one's model and data; "" if they are."""
+    named = {"step": "the checkpoint of step {}", "data": "the data set {}"}
+    changed = [name for name in named if before.get(name) != now[name]]
+    return ", ".join(f"of {named[name].format(before.get(name))}, not {now[name]}" for name in changed)
 
 
 def open_split(recipe: Recipe, data: str | Path | None = None, split: str | None = None) -> ShardedDataset:

@@ -9,8 +9,11 @@ import pytest
 import torch
 from rich.console import Console
 from torch import Tensor
+from typer.testing import CliRunner
 
+from launch.cli import app
 from pipeline.evaluation import downstream, downstream_table, evaluate
+from pipeline.evaluation.catalogue import TASKS
 from pipeline.evaluation.downstream import (
     System,
     cut_triples,
@@ -23,6 +26,7 @@ from pipeline.evaluation.downstream import (
     untrained,
 )
 from pipeline.evaluation.labels import labelled_clips
+from pipeline.evaluation.metrics import read_metrics, write_metrics
 from pipeline.training.run_folder import Run
 
 HOP = 320
@@ -62,6 +66,36 @@ def test_three_systems_are_measured_alike(run: Path, monkeypatch: pytest.MonkeyP
     text = console.export_text()
     for word in ("speaker identification", "log-mel", "untrained", "5 speakers, chance 20.0%", "layer 2 of 3"):
         assert word in text
+
+
+def test_a_plain_evaluation_keeps_what_is_known_of_its_checkpoint(run: Path, tmp_path: Path) -> None:
+    """And drops what is of another one, or of other data, and says so."""
+    copy = shutil.copytree(run, tmp_path / "run")
+    metrics = evaluate(copy)
+    known = {
+        "layer": 2,
+        "layers": 3,
+        "clips": 60,
+        "tasks": {},
+        "left_out": dict.fromkeys(TASKS, "never"),
+        "systems": {},
+    }
+    write_metrics(copy / "metrics.json", {**metrics, "downstream": known})
+    again = evaluate(copy, split="train")
+    assert again["downstream"] == known
+    assert read_metrics(copy) == again
+
+    cases = {
+        "step": (2, "of the checkpoint of step 2, not 3"),
+        "data": ("/other/data", f"of the data set /other/data, not {metrics['data']}"),
+    }
+    for name, (before, told) in cases.items():
+        write_metrics(copy / "metrics.json", {**metrics, "downstream": known, name: before})
+        done = CliRunner().invoke(app, ["evaluate", str(copy)])
+        assert done.exit_code == 0, done.output
+        assert f"were dropped: they were {told}; --downstream measures again" in done.output
+        assert "downstream" not in (read_metrics(copy) or {})
+    assert CliRunner().invoke(app, ["evaluate", str(copy), "--layer", "2"]).exit_code == 2
 
 
 def test_what_labels_do_not_allow_is_left_out_and_said(
