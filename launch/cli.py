@@ -305,20 +305,34 @@ def evaluate(
     layer: Annotated[
         int | None, typer.Option(min=1, help="Transformer layer that --downstream probes; by default the middle one.")
     ] = None,
+    inception_weights: Annotated[
+        Path | None, typer.Option(help="Images: Inception v3 for rFID, as pytorch-fid or torchvision publish it.")
+    ] = None,
+    lpips_weights: Annotated[
+        Path | None, typer.Option(help="Images: VGG16 or AlexNet for LPIPS, as torchvision publishes them.")
+    ] = None,
+    lpips_heads: Annotated[
+        Path | None, typer.Option(help="LPIPS's weights of the channels; by default those that come with torchmetrics.")
+    ] = None,
 ) -> None:
     """Metrics over a whole split, as a table and RUN/metrics.json."""
     from rich.console import Console
 
-    from pipeline.evaluation import downstream_table, metrics_table
+    from pipeline.evaluation import downstream_table, metrics_table, networks_told
     from pipeline.evaluation import evaluate as evaluate_run
+    from pipeline.evaluation.distances import NetworkFiles
     from pipeline.evaluation.metrics import downstream_outdated, read_metrics
 
     if layer is not None and not downstream:
         raise typer.BadParameter("--layer says what --downstream probes: give both, or neither")
     before = read_metrics(run) or {}
-    metrics = evaluate_run(run, data=data, split=split, downstream=downstream, layer=layer)
+    files = NetworkFiles(inception_weights, lpips_weights, lpips_heads)
+    given = files if files != NetworkFiles() else None
+    metrics = evaluate_run(run, data=data, split=split, downstream=downstream, layer=layer, files=given)
     console = Console()
     console.print(metrics_table(metrics))
+    for line in networks_told(metrics):
+        typer.echo(line)
     if "downstream" in metrics:
         console.print(downstream_table(metrics))
     elif "downstream" in before:

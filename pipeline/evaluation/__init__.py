@@ -6,12 +6,18 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from pipeline.evaluation.metrics import downstream_table, evaluate, metrics_table
+    from pipeline.evaluation.metrics import downstream_table, evaluate, metrics_table, networks_told
     from pipeline.evaluation.report import write_report
 
-__all__ = ["downstream_table", "evaluate", "metrics_table", "write_report"]
+__all__ = ["downstream_table", "evaluate", "metrics_table", "networks_told", "write_report"]
 
-_HOME = {"downstream_table": "metrics", "evaluate": "metrics", "metrics_table": "metrics", "write_report": "report"}
+_HOME = {
+    "downstream_table": "metrics",
+    "evaluate": "metrics",
+    "metrics_table": "metrics",
+    "networks_told": "metrics",
+    "write_report": "report",
+}
 
 
 def __getattr__(name: str) -> Any:

@@ -40,6 +40,20 @@ MEASURES = (
     Measure("valid_negatives", "valid negatives", percent, "distractors whose codes differ from the target's"),
     Measure("psnr", "PSNR", number(2, " dB"), "of the whole set's squared error; higher is better"),
     Measure("ssim", "SSIM", number(4), "structural similarity, mean over images; 1 is equal"),
+    Measure("ms_ssim", "MS-SSIM", number(4), "the same at five scales; needs images of 176 pixels a side"),
+    Measure(
+        "rfid", "rFID", number(2), "Fréchet distance by FID's Inception; lower is better; depends on the set's size"
+    ),
+    Measure(
+        "rfid_torchvision",
+        "rFD, torchvision",
+        number(2),
+        "by torchvision's Inception: not comparable with published FID",
+    ),
+    Measure("lpips", "LPIPS", number(4), "perceptual distance, mean over images; lower is better"),
+    Measure(
+        "rfd_random", "rFD, random net", number(4), "Fréchet distance by a fixed untrained net, no FID; lower is better"
+    ),
     Measure("mse", "MSE", number(5), "mean squared error of pixels in [0, 1]"),
     Measure("codebook_usage", "codes in use", percent, "share of codes that occur at least once in the set"),
     Measure("codebook_perplexity", "perplexity", number(1), "codes it is worth, from counts over the whole set"),

@@ -18,6 +18,7 @@ import torch
 from pipeline.data import ImageCollation, ShardedDataset, epoch_batches, read_manifest
 from pipeline.data.storage import write_whole
 from pipeline.evaluation.catalogue import SYSTEMS, downstream_rows, present, shown
+from pipeline.evaluation.distances import NetworkFiles
 from pipeline.evaluation.image import measure_images
 from pipeline.evaluation.speech import measure_speech
 from pipeline.training.run_folder import Run
@@ -39,6 +40,7 @@ def evaluate(
     device: str | None = None,
     downstream: bool = False,
     layer: int | None = None,
+    files: NetworkFiles | None = None,
 ) -> dict[str, Any]:
     """Measure the latest whole checkpoint of a run and write RUN/metrics.json.
 
@@ -46,12 +48,14 @@ def evaluate(
     one, else the recipe's), ``batches`` a limit for a quick look, ``device`` "cuda" where there is one, else "cpu".
     Each sample is seen exactly once, without augmentation. ``downstream`` adds what frozen features of the encoder's
     ``layer`` are good for, see :mod:`pipeline.evaluation.downstream`; without it, what an earlier evaluation found of
-    the same checkpoint with the same data is kept.
+    the same checkpoint with the same data is kept. ``files`` of networks add distances of images, see
+    :mod:`pipeline.evaluation.distances`.
 
     Returned and written: what was measured (``name``, ``kind``, ``quantizer``, ``step``, ``data``, ``split``,
     ``complete``), the metrics of :mod:`pipeline.evaluation.catalogue`, ``code_counts`` (groups × codes), and if it is
-    known ``downstream``. Raises FileNotFoundError for a folder without a run, ValueError for data of another kind,
-    an unknown split or downstream measures of images, and CheckpointError without a checkpoint.
+    known ``downstream``. Raises FileNotFoundError for a folder without a run, ValueError for data of another kind, an
+    unknown split, downstream measures of images, networks for speech or another network than a file is given for, and
+    CheckpointError without a checkpoint.
     """
     run = Run(run_dir)
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
@@ -59,12 +63,16 @@ def evaluate(
     model, recipe = run.load_model(checkpoint, device=device)
     if downstream and recipe.data_kind != "speech":
         raise ValueError(f"{run.path} holds a model of {recipe.data_kind} data: downstream measures are of speech")
+    if files is not None and recipe.data_kind != "image":
+        raise ValueError(
+            f"{run.path} holds a model of {recipe.data_kind} data: networks are given to compare images by"
+        )
     dataset = open_split(recipe, data, split)
     limited = islice(ordered_batches(recipe, dataset), batches)
     if recipe.model.kind == "wav2vec2":
         metrics, counts = measure_speech(model, limited, recipe.model.masking.negatives, device)
     else:
-        metrics, counts = measure_images(model, limited, device)
+        metrics, counts = measure_images(model, limited, device, files or NetworkFiles())
     result = {
         "name": recipe.name,
         "kind": recipe.data_kind,
@@ -159,6 +167,11 @@ def metrics_table(metrics: dict[str, Any]) -> Table:
     for measure in present([metrics]):
         table.add_row(measure.name, shown(measure, metrics), measure.meaning)
     return table
+
+
+def networks_told(metrics: dict[str, Any]) -> list[str]:
+    """A line for each network that images were compared by: which file it was."""
+    return [f"{name}: {given['file']}, sha256 {given['sha256']}" for name, given in metrics.get("networks", {}).items()]
 
 
 def downstream_table(metrics: dict[str, Any]) -> Table:
