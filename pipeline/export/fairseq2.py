@@ -1,8 +1,8 @@
 """The speech model as a checkpoint of fairseq2 0.8.
 
 In: our model, whose frontend and encoder are fairseq2's. Out: ``model.pt``, {"model": state dict} under the names of
-its `Wav2Vec2Model`, and ``model.yaml``, the asset card that its model hub finds the checkpoint and its configuration
-by. The weights are renamed, never computed with.
+its `Wav2Vec2Model`; ``model.yaml``, the asset card that its model hub finds the checkpoint and its configuration by;
+and ``README.md``, how to load it and what it is good for. The weights are renamed, never computed with.
 """
 
 from __future__ import annotations
@@ -22,14 +22,33 @@ if TYPE_CHECKING:
 
 _STAND_IN = (2, 320)
 """Groups and codes of the published quantizer."""
+_WHOLE = "The whole pretraining model, its Gumbel quantizer too."
+_ENCODER_ONLY = """\
+The encoder alone is trained. Its quantizer was {kind}, which fairseq2 does not have; the one that stands here has NaN
+for codes, so that pretraining with it gives NaN. Its own codes are in codebook.safetensors.
+To pretrain on in fairseq2, give it new ones first: model.quantizer.reset_parameters()"""
+_README = """\
+# {name}
+
+{about}
+
+With `FAIRSEQ2_USER_ASSET_DIR` set to the path of `model.yaml`:
+
+```python
+from fairseq2.models.wav2vec2 import get_wav2vec2_model_hub
+
+model = get_wav2vec2_model_hub().load_model("{name}")
+```
+"""
 
 
 def write_fairseq2(model: Any, recipe: Recipe, folder: Path) -> None:
     """Write ``model.pt`` and ``model.yaml``, which ``get_wav2vec2_model_hub().load_model("tessera_NAME")`` loads.
 
-    With ``gumbel``, the quantizer that fairseq2 has, that is all of our model. fairseq2 loads no model without a
-    quantizer: for other kinds it gets one of the published size with its own random first weights, for fine-tuning,
-    which uses the encoder only, or to be trained.
+    With ``gumbel``, the quantizer that fairseq2 has, that is all of our model. fairseq2's hub loads no encoder without
+    a quantizer: for other kinds it gets one of the published size whose codes are NaN, and what uses them is NaN.
+    Random codes would train unnoticed on targets that mean nothing, and with zeros, which make all targets equal,
+    fairseq2's loss is 0.
 
     Raises ValueError, naming them, for weights that have no place there.
     """
@@ -40,8 +59,10 @@ def write_fairseq2(model: Any, recipe: Recipe, folder: Path) -> None:
         torch.manual_seed(recipe.seed)
         theirs = Wav2Vec2Factory(config).create_model()
     missing, unexpected = theirs.load_state_dict(fairseq2_state(model, recipe), strict=False)
-    if recipe.quantizer.kind != "gumbel":
+    whole = recipe.quantizer.kind == "gumbel"
+    if not whole:
         missing = [name for name in missing if not name.startswith("quantizer.")]
+        torch.nn.init.constant_(theirs.quantizer.entries, torch.nan)
     if missing or unexpected:
         raise ValueError(f"fairseq2's Wav2Vec2Model lacks {unexpected} and has no weights for {missing}")
     torch.save({"model": theirs.state_dict()}, folder / "model.pt")
@@ -51,7 +72,10 @@ def write_fairseq2(model: Any, recipe: Recipe, folder: Path) -> None:
         "checkpoint": "model.pt",  # beside the card
         "model_config": _plain(config),
     }
-    (folder / "model.yaml").write_text(yaml.safe_dump(card, sort_keys=False))
+    about = _WHOLE if whole else _ENCODER_ONLY.format(kind=recipe.quantizer.kind)
+    comment = "".join(f"# {line}\n" for line in about.splitlines())
+    (folder / "model.yaml").write_text(comment + yaml.safe_dump(card, sort_keys=False))
+    (folder / "README.md").write_text(_README.format(name=card["name"], about=about))
 
 
 def fairseq2_pretraining_config(model: Any, recipe: Recipe) -> Any:

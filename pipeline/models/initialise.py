@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from pipeline.models.names import TOOLKITS, group_codes
+from pipeline.models.names import CODES, TOOLKITS, group_codes
 from pipeline.models.published import Published, WeightsError, read_published
 from pipeline.models.speech_config import Wav2Vec2Config
 
@@ -137,6 +137,9 @@ def _check_encoder(theirs: dict[str, Tensor], ours: dict[str, Any]) -> None:
         for what, names in (("it lacks", missing), ("no place here for", homeless), ("other shapes:", shapes))
         if names
     ]
+    broken = [name for name in theirs if name.startswith(_ENCODER) and not theirs[name].isfinite().all()]
+    if broken:
+        raise WeightsError(f"it holds NaN or infinity: {_some(broken)}")
     if problems:
         raise WeightsError(f"another encoder than the recipe's model: {'; '.join(problems)}")
 
@@ -146,6 +149,9 @@ def _other_targets(
 ) -> str:
     """Why their quantizer and its projection can't be taken; nothing where they can."""
     kind = quantizer.config.kind
+    codes = theirs.get(CODES)
+    if codes is not None and codes.isnan().all():
+        return "it has no trained quantizer, its codes are NaN"
     if not any(name.startswith("quantizer.") for name in theirs):
         return f"it has no quantizer, quantizer.kind={kind} here"
     if layout != "tessera" and kind != "gumbel":

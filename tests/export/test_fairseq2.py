@@ -11,10 +11,14 @@ from fairseq2.runtime.dependency import get_dependency_resolver
 from pipeline.codebooks import CodebookSync
 from pipeline.export import export
 from pipeline.export.fairseq2 import write_fairseq2
+from pipeline.models.initialise import take_weights
+from pipeline.models.published import read_published
+from pipeline.quantizers.ema import EMAConfig
 from pipeline.training.run_folder import Run
 from tests.export.test_huggingface import LAYOUTS
 from tests.export.test_pretraining import gumbel_model
-from tests.models.speech import make_batch
+from tests.models.published import recipe_of
+from tests.models.speech import make_batch, tiny_model
 
 
 def load_theirs(folder):
@@ -31,9 +35,14 @@ def features_of(theirs, waveforms, lengths):
 
 
 @torch.no_grad()
+def their_loss(theirs, waveforms):
+    return theirs(waveforms, BatchLayout.of(waveforms))[0].aggregate
+
+
+@torch.no_grad()
 def test_its_hub_loads_the_encoder_of_any_quantizers_run(small_speech_run, tmp_path):
     folder = export(small_speech_run, tmp_path / "fairseq2", format="fairseq2")
-    names = {"model.pt", "model.yaml", "codebook.safetensors", "recipe.yaml"}
+    names = {"model.pt", "model.yaml", "README.md", "codebook.safetensors", "recipe.yaml"}
     assert {file.name for file in folder.iterdir()} == names
     model, _ = Run(small_speech_run).load_model()
     theirs = load_theirs(folder)
@@ -42,7 +51,25 @@ def test_its_hub_loads_the_encoder_of_any_quantizers_run(small_speech_run, tmp_p
     assert torch.equal(theirs.masker.temporal_mask_embed, model.mask_embedding)
     assert torch.equal(theirs.final_proj.weight, model.context_projection.weight)
     assert torch.equal(theirs.final_target_proj.weight, model.target_projection.weight)
-    assert theirs.quantizer.entries.std() > 0  # a new one, to be trained
+
+
+def test_a_quantizer_that_it_has_not_can_not_be_trained_with_unnoticed(tmp_path):
+    """Its loss is NaN until the codes are made anew; and ours begins anew rather than to take them."""
+    model = tiny_model({"kind": "ema", "codes": 8}).eval()
+    write_fairseq2(model, recipe_of(model.config, EMAConfig(codes=8)), tmp_path)
+    theirs = load_theirs(tmp_path)
+    for file in ("model.yaml", "README.md"):
+        assert "Its quantizer was ema, which fairseq2 does not have" in (tmp_path / file).read_text()
+    waveforms = torch.randn(2, 16_000)
+    with torch.compiler.set_stance("force_eager"):
+        assert their_loss(theirs, waveforms).isnan()
+        theirs.quantizer.reset_parameters()
+        assert their_loss(theirs, waveforms).isfinite()
+
+    fresh = tiny_model({"kind": "gumbel", "codes": 320, "groups": 2, "dim": 16})  # of its size
+    told = take_weights(fresh, read_published(tmp_path), normalise=True)
+    assert "quantizer and target_projection start anew: it has no trained quantizer, its codes are NaN" in told
+    assert all(tensor.isfinite().all() for tensor in fresh.state_dict().values())
 
 
 @torch.no_grad()

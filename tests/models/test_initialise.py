@@ -252,6 +252,14 @@ def test_a_projection_that_changes_nothing_is_none(tmp_path):
     started_with(tmp_path, **changes)
 
 
+def test_an_encoder_of_nan_is_refused(tmp_path):
+    theirs = huggingface_folder(tiny_config(), tmp_path)
+    torch.nn.init.constant_(theirs.wav2vec2.encoder.layers[1].attention.q_proj.bias, torch.nan)
+    theirs.save_pretrained(tmp_path)
+    with pytest.raises(RecipeError, match=r"it holds NaN or infinity: encoder\.layers\.1\.self_attn\.q_proj\.bias$"):
+        started_with(tmp_path)
+
+
 class _Runs:
     """Its pickle asks the reader to call a function."""
 
