@@ -52,6 +52,9 @@ class DataConfig(BaseModel):
     normalise: bool = Field(True, description="speech: each clip to zero mean and unit variance")
 
     image_size: int = Field(64, ge=8, description="images: side of the square that the model sees, in pixels")
+    fit: Literal["crop", "stretch"] = Field(
+        "crop", description="images: how one becomes a square; stretch resizes both sides and cuts nothing off"
+    )
     resize: int | None = Field(None, ge=8, description="images: shorter side before the crop; none means image_size")
     random_crop: bool = Field(True, description="images: draw the crop's place; otherwise the centre")
     flip: bool = Field(True, description="images: mirror every other image, drawn per sample")
@@ -112,6 +115,8 @@ class DataConfig(BaseModel):
             raise ValueError(
                 f"max_seconds={self.max_seconds} is less than min_seconds={self.min_seconds}: no clip would be left"
             )
+        if self.resize is not None and self.fit == "stretch":
+            raise ValueError(f"resize={self.resize} means nothing for fit=stretch, which crops nothing: leave it out")
         if self.resize is not None and self.resize < self.image_size:
             raise ValueError(
                 f"resize={self.resize} is less than image_size={self.image_size}: use {self.image_size} or more"

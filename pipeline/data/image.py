@@ -40,15 +40,19 @@ def view_image(
     """Resize, crop and mirror by ``data``: uint8 ``(3, height, width)`` → float32 ``(3, image_size, image_size)`` in
     [0, 1], written into ``out`` if it is given.
 
-    The shorter side becomes ``data.resize`` (or ``image_size``), antialiased. With a generator the crop's place and the
-    mirroring are drawn where ``data`` asks for it; without one it is the centre crop of evaluation.
+    The shorter side becomes ``data.resize`` (or ``image_size``), or with ``fit: stretch`` both sides ``image_size``,
+    antialiased. With a generator the crop's place and the mirroring are drawn where ``data`` asks for it; without one
+    it is the centre crop of evaluation.
     """
     side = data.image_size
     shorter = data.resize or side
     height, width = pixels.shape[1:]
-    if min(height, width) != shorter:
+    if data.fit == "stretch":
+        height, width = side, side
+    elif min(height, width) != shorter:
         scale = shorter / min(height, width)
         height, width = max(shorter, round(height * scale)), max(shorter, round(width * scale))
+    if pixels.shape[1:] != (height, width):
         # As bytes: no value is off by more than the one level that rounding takes, and it costs a fifth of the time.
         pixels = functional.interpolate(pixels[None], size=(height, width), mode="bilinear", antialias=True)[0]
     top, left = (height - side) // 2, (width - side) // 2

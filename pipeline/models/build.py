@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 MODELS = {
     "wav2vec2": ("pipeline.models.speech", "Wav2Vec2Pretraining"),
     "autoencoder": ("pipeline.models.autoencoder", "Autoencoder"),
+    "sqvae": ("pipeline.models.sqvae", "SQVAE"),
 }
 """Kind of model → its module, loaded when one is built, and its class, made of a configuration and a quantizer."""
 

@@ -5,29 +5,56 @@ Pure pydantic, no torch: the schema and the command line read it without loading
 
 from __future__ import annotations
 
-from typing import ClassVar, Literal
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
+Positive = Annotated[float, Field(gt=0)]
 
-class AutoencoderConfig(BaseModel):
-    """The VQ-VAE of the KSOM paper (Irie et al., arXiv 2302.07950, section 4): strided convolutions and residual
-    blocks."""
+
+class ImageModelConfig(BaseModel):
+    """What all kinds have in common."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     reads: ClassVar[Literal["speech", "image"]] = "image"
 
-    kind: Literal["autoencoder"] = "autoencoder"
-    channels: int = Field(128, ge=2, description="width of encoder and decoder")
-    residual_channels: int = Field(32, ge=1, description="inner width of a residual block")
-    residual_layers: int = Field(2, ge=0, description="residual blocks in the encoder, and in the decoder")
     latent_dim: int = Field(64, ge=1, description="dimension of a latent vector")
-    downsampling: int = Field(2, ge=1, le=6, description="halvings: an image of side s has s / 2^n latents a side")
-    pixel_mean: float = Field(0.5, description="subtracted from pixels in [0, 1]")
-    pixel_deviation: float = Field(0.5, gt=0, description="divides them; losses are on normalised pixels")
 
     @property
     def quantizer_input(self) -> tuple[int, str]:
         """Size of the vectors that go into the quantizer, and the key that decides it."""
         return self.latent_dim, "model.latent_dim"
+
+
+class PixelOptions(BaseModel):
+    """For nets whose images have about zero mean and unit variance: one number, or one of each colour."""
+
+    pixel_mean: float | tuple[float, float, float] = Field(0.5, description="subtracted from pixels in [0, 1]")
+    pixel_deviation: Positive | tuple[Positive, Positive, Positive] = Field(
+        0.5, description="divides them; losses are on normalised pixels"
+    )
+
+
+class AutoencoderConfig(ImageModelConfig, PixelOptions):
+    """The VQ-VAE of the KSOM paper (Irie et al., arXiv 2302.07950, section 4): strided convolutions and residual
+    blocks."""
+
+    kind: Literal["autoencoder"] = "autoencoder"
+    channels: int = Field(128, ge=2, description="width of encoder and decoder")
+    residual_channels: int = Field(32, ge=1, description="inner width of a residual block")
+    residual_layers: int = Field(2, ge=0, description="residual blocks in the encoder, and in the decoder")
+    downsampling: int = Field(2, ge=1, le=6, description="halvings: an image of side s has s / 2^n latents a side")
+
+
+class SQVAEConfig(ImageModelConfig):
+    """The net of SQ-VAE (Takida et al., arXiv 2205.07547), in which Huh et al. (arXiv 2305.08842) compare quantizers:
+    with batch normalisation; its decoder ends in a sigmoid, so that losses are on pixels in [0, 1]."""
+
+    kind: Literal["sqvae"] = "sqvae"
+    latent_dim: int = Field(64, ge=2, description="dimension of a latent vector, and width of encoder and decoder")
+    residual_layers: int = Field(2, ge=0, description="residual blocks in the encoder, and in the decoder")
+    downsampling: int = Field(2, ge=1, le=6, description="halvings: an image of side s has s / 2^n latents a side")
+    norm_momentum: float = Field(
+        0.1, gt=0, le=1, description="share that a step's statistics get in those that evaluation normalises by"
+    )

@@ -17,6 +17,7 @@ from pipeline.codebooks import CodebookSync, initialise_codebooks
 from pipeline.data import SamplingPlan, build_loader, open_data
 from pipeline.data.storage import write_whole
 from pipeline.models import build_collation, build_model
+from pipeline.models.batch_norm import NormSync
 from pipeline.models.initialise import initialise
 from pipeline.training.alarms import Alarms
 from pipeline.training.checkpoint import CheckpointError, find_latest, load_checkpoint, read_manifest
@@ -71,6 +72,7 @@ def train(recipe: Recipe, run_dir: str | Path, *, profile: bool = False) -> Run:
     model = build_model(recipe.model, recipe.quantizer).to(device)
     optimizer = build_optimizer(model, recipe.optimizer)
     sync = CodebookSync(model, optimizer=optimizer, watch_every=recipe.training.log_every)
+    norms = NormSync(model)
     accumulation = recipe.batch.micro_batches // collectives.world_size()
     checkpoint = _latest_on_all_ranks(run)
     if checkpoint is not None:
@@ -158,6 +160,7 @@ def train(recipe: Recipe, run_dir: str | Path, *, profile: bool = False) -> Run:
                 applied = engine.was_step_applied()  # the same on every rank: ZeRO looks at the joint gradient
                 guard.note(step, applied, micro_batches, loss_scale.update(applied))
                 health = sync.step() if applied else sync.discard()
+                norms.step() if applied else norms.discard()
                 done = step + 1
                 if done % recipe.codebooks.check_every == 0:
                     sync.check_ranks_agree()

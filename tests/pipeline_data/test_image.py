@@ -68,6 +68,23 @@ def test_the_view_follows_the_policy() -> None:
     assert small.max() <= 1
 
 
+def test_stretching_cuts_nothing_off() -> None:
+    """And a picture that has the size keeps every bit, as cropping it would."""
+    rows, columns = torch.meshgrid(torch.arange(40), torch.arange(60), indexing="ij")
+    pixels = torch.stack([rows, columns, rows + columns]).to(torch.uint8)
+    data = DataConfig(image_size=32, fit="stretch", flip=False)
+    view = view_image(pixels, data, sample_generator(0, 0, 0, "augment"))
+    assert view.shape == (3, 32, 32)
+    for axis, length in ((1, 40), (2, 60)):
+        seen = view[axis - 1].mean(dim=2 - axis) * 255
+        expected = (torch.arange(32) + 0.5) * length / 32 - 0.5  # centres of the new pixels
+        assert (seen - expected)[2:-2].abs().max() < 1  # bytes; at the borders there is less to average
+    same = DataConfig(image_size=40, fit="stretch", flip=False)
+    assert torch.equal(view_image(pixels[:, :, :40], same, None) * 255, pixels[:, :, :40].float())
+    with pytest.raises(ValueError, match=r"resize=40 means nothing for fit=stretch, which crops nothing: leave it out"):
+        DataConfig(image_size=32, resize=40, fit="stretch")
+
+
 @pytest.mark.parametrize("size", [32, 100, 300])
 def test_resizing_as_bytes_is_off_by_rounding_alone(image_source: Path, size: int) -> None:
     data = DataConfig(image_size=size, random_crop=False, flip=False)

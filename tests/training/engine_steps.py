@@ -27,15 +27,17 @@ SPEECH_QUANTIZERS: dict[str, dict[str, Any]] = {
 
 
 def build(kind: str, **changes: Any) -> nn.Module:
-    """A model of ``kind``, "image" or one of :data:`SPEECH_QUANTIZERS`, with weights from a seed; its codebook is
-    learned by gradient."""
+    """A model of ``kind``, "image", "sqvae" or one of :data:`SPEECH_QUANTIZERS`, with weights from a seed; its codebook
+    is learned by gradient."""
     from pipeline.models import build_model
-    from pipeline.models.config import AutoencoderConfig
+    from pipeline.models.config import AutoencoderConfig, SQVAEConfig
     from pipeline.quantizers.ste import STEConfig
 
     if kind in SPEECH_QUANTIZERS:
         return speech.tiny_model(SPEECH_QUANTIZERS[kind], **changes)
     torch.manual_seed(0)
+    if kind == "sqvae":
+        return build_model(SQVAEConfig(latent_dim=8, residual_layers=1), STEConfig(codes=16)).train()
     sizes = {"channels": 8, "residual_channels": 6, "latent_dim": 8, "downsampling": 1, **changes}
     return build_model(AutoencoderConfig(**sizes), STEConfig(codes=16)).train()
 
@@ -58,6 +60,7 @@ def take_steps(kind: str, engine_options: dict[str, Any], steps: int, poison: Se
     """Called on each rank; ``poison`` steps have a loss that no scale makes finite. Returns the losses of the rank's
     micro-batches by (step, number), pieces of weights and moments, what became of each step and the scale after it."""
     from pipeline import collectives
+    from pipeline.models.batch_norm import NormSync
     from pipeline.training.config import EngineConfig, OptimizerConfig
     from pipeline.training.engine import build_engine, import_deepspeed
     from pipeline.training.engine_state import owned_pieces
@@ -67,6 +70,7 @@ def take_steps(kind: str, engine_options: dict[str, Any], steps: int, poison: Se
     import_deepspeed().init_distributed("gloo", auto_mpi_discovery=False, verbose=False)
     rank, world_size = collectives.rank(), collectives.world_size()
     model = build(kind, **changes)
+    norms = NormSync(model)
     optimizer = build_optimizer(model, OptimizerConfig(learning_rate=1e-3, betas=(BETA, 0.999)))
     config = EngineConfig(**engine_options)
     engine, scale = build_engine(model, optimizer, config, STEP_MICRO_BATCHES // world_size)
@@ -83,6 +87,7 @@ def take_steps(kind: str, engine_options: dict[str, Any], steps: int, poison: Se
             engine.backward(scale.apply(loss * factor), scale_wrt_gas=False)
             engine.step()
         applied.append(engine.was_step_applied())
+        norms.step() if applied[-1] else norms.discard()
         scale.update(applied[-1])
         scales.append(scale.value)
     pieces = [(piece.name, piece.part, piece.start, piece.values.clone()) for piece in owned_pieces(engine)]
@@ -94,6 +99,7 @@ def take_steps(kind: str, engine_options: dict[str, Any], steps: int, poison: Se
         "scales": scales,
         "norm": None if norm is None else float(norm),
         "shapes": {name: getattr(found, "ds_shape", found.shape) for name, found in model.named_parameters()},
+        "norms": [{name: value.clone() for name, value in norm.named_buffers()} for norm in norms.norms],
         "buffers": {value.dtype for value in model.buffers() if value.is_floating_point()},
     }
 
