@@ -57,7 +57,7 @@ def write_fairseq2(model: Any, recipe: Recipe, folder: Path) -> None:
     config = fairseq2_pretraining_config(model, recipe)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(recipe.seed)
-        theirs = Wav2Vec2Factory(config).create_model()
+        theirs: Any = Wav2Vec2Factory(config).create_model()
     missing, unexpected = theirs.load_state_dict(fairseq2_state(model, recipe), strict=False)
     whole = recipe.quantizer.kind == "gumbel"
     if not whole:
