@@ -26,6 +26,8 @@ if TYPE_CHECKING:
 SHORTEST_SECONDS = 0.1  # four frames of the speech encoder: less can't be masked
 SMALLEST_SIDE = 8  # pixels, as the smallest image that a model sees
 KEPT_MODES = {"JPEG": ("RGB", "L"), "PNG": ("RGB", "RGBA", "L", "LA", "P", "1")}  # what any decoder reads alike
+# What Image.open may try: for some others, PostScript among them, it runs programs on the file.
+FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "JPEG2000")
 _BLOCK = 1 << 18  # audio samples that are decoded at a time, so that ten hours need no more memory than a minute
 _FRAME = 320  # audio samples, 20 ms: how finely a quiet place is looked for
 
@@ -180,12 +182,14 @@ def check_image(content: bytes, settings: Settings) -> CheckedSample:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # Pillow's remarks on odd metadata, and on sizes that it still takes
-            image: Image.Image = Image.open(io.BytesIO(content))
+            image: Image.Image = Image.open(io.BytesIO(content), formats=FORMATS)
             form = "JPEG" if image.format == "MPO" else image.format or ""  # cameras append previews to a JPEG
             if min(image.size) < SMALLEST_SIDE:
                 raise Refused(f"is {image.width} × {image.height} pixels, less than {SMALLEST_SIDE}")
             if image.format != "MPO" and getattr(image, "n_frames", 1) > 1:
-                raise Refused(f"holds {getattr(image, 'n_frames', 0)} frames: an animation")
+                raise Refused(f"holds {getattr(image, 'n_frames', 0)} frames: an animation, or pages")
+            if image.mode in ("F", "I"):
+                raise Refused("holds values of 32 bits, which do not say what is white: store 8 or 16 bits a channel")
             turned = image.getexif().get(0x0112, 1) not in (0, 1)  # the camera was held upright
             size = _size(image.size, settings.image_size)
             mode = {"keep": None, "rgb": "RGB", "grey": "L"}[settings.colour]

@@ -24,7 +24,7 @@ from pipeline.data.storage import Folder, is_remote, open_folder
 
 SUFFIXES = {
     "speech": {".flac", ".wav", ".ogg", ".oga", ".opus", ".mp3"},
-    "image": {".jpg", ".jpeg", ".png", ".webp", ".bmp"},
+    "image": {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".jp2"},
 }
 PACKED = {".gz", ".tgz", ".xz", ".bz2", ".zst", ".zip", ".7z"}
 LISTS = {".txt", ".tsv", ".lst", ".list"}  # of a URL; here any file that is no tar is one

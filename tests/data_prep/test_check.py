@@ -14,6 +14,7 @@ from PIL import Image
 
 from data_prep.check import CheckedSample, Refused, check_file
 from data_prep.shard_plan import Settings
+from pipeline.data.image import decode_image
 
 SPEECH = Settings("speech", 1, (("train", 1.0),), "file", 0)
 IMAGES = Settings("image", 1, (("train", 1.0),), "file", 0)
@@ -96,6 +97,10 @@ def test_pictures_in_the_right_form_are_kept_byte_for_byte(mode: str, form: str,
         (picture("CMYK"), "JPEG"),
         (picture(form="WEBP"), "JPEG"),
         (picture(form="BMP"), "JPEG"),
+        (picture(form="TIFF"), "JPEG"),
+        (picture("P", "GIF"), "JPEG"),
+        (picture(form="JPEG2000"), "JPEG"),
+        (picture("I;16", "TIFF"), "JPEG"),
         (picture("I;16", "PNG"), "PNG"),
     ],
 )
@@ -261,7 +266,7 @@ def test_pictures_of_one_format_and_quality() -> None:
 
 def test_what_is_no_photograph_is_refused() -> None:
     frames = [Image.effect_noise((40, 30), 80).convert("RGB") for _ in range(3)]
-    for form in ("WEBP", "PNG"):
+    for form in ("WEBP", "PNG", "GIF", "TIFF"):
         target = io.BytesIO()
         frames[0].save(target, form, save_all=True, append_images=frames[1:])
         with pytest.raises(Refused, match="holds 3 frames: an animation"):
@@ -273,6 +278,38 @@ def test_what_is_no_photograph_is_refused() -> None:
     huge[29:33] = struct.pack(">I", zlib.crc32(huge[12:29]))
     with pytest.raises(Refused, match=r"too large: .*decompression bomb"):
         check_file(bytes(huge), IMAGES)
+
+
+def test_pictures_without_a_known_white_are_refused() -> None:
+    for dtype in (np.float32, np.int32):
+        target = io.BytesIO()
+        Image.fromarray(np.linspace(0, 1, 400).reshape(20, 20).astype(dtype)).save(target, "TIFF")
+        with pytest.raises(Refused, match="holds values of 32 bits, which do not say what is white"):
+            check_file(target.getvalue(), IMAGES)
+
+
+def test_no_program_is_run_on_a_file(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pillow would hand PostScript to Ghostscript, whatever the file's name."""
+    postscript = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 100 100\n%%EndComments\nshowpage\n"
+    started: list[object] = []
+    monkeypatch.setattr("subprocess.check_call", lambda *command, **_: started.append(command))
+    monkeypatch.setattr("PIL.EpsImagePlugin.has_ghostscript", lambda: True)
+    with pytest.raises(Refused, match="not decodable as an image: cannot identify"):
+        check_file(postscript, IMAGES)
+    assert not started
+
+
+@pytest.mark.parametrize("mode", ["L", "LA", "P", "1", "RGBA", "I;16"])
+def test_every_kept_or_converted_mode_is_what_training_reads(mode: str) -> None:
+    """Stored pictures decode to the colours that Pillow shows; transparency is white."""
+    grey = Image.linear_gradient("L").resize((40, 30))
+    given = Image.fromarray(np.asarray(grey).astype(np.uint16) * 257) if mode == "I;16" else grey.convert(mode)
+    target = io.BytesIO()
+    given.save(target, "PNG")
+    decoded = decode_image(check_one(target.getvalue(), IMAGES).content).numpy()
+    assert decoded.shape == (3, 30, 40)
+    expected = np.asarray(grey.convert("1").convert("L") if mode == "1" else grey)
+    assert np.abs(decoded.astype(int) - expected).max() <= (6 if mode == "P" else 0)
 
 
 def test_a_camera_s_picture_with_previews_is_kept() -> None:
