@@ -184,25 +184,42 @@ def _codes_of(
     """Key, codes and facts of each sample, whole and unaugmented."""
     import numpy as np
 
-    from pipeline.data import ImageCollation, SampleReference, SpeechBatch
-    from pipeline.models import build_collation
-
-    images = dataset.kind == "image"
-    collation = ImageCollation(recipe.data, recipe.seed, augment=False) if images else build_collation(recipe)
-    # Clips come alone: a group norm over padding would make a clip's codes depend on its neighbours.
-    size = (recipe.batch.samples or 1) if images else 1
     width = np.int16 if recipe.quantizer.codes <= 2**15 else np.int32
+    found = _image_codes if dataset.kind == "image" else _speech_codes
+    for key, codes, facts in found(model, recipe, dataset, indexes):
+        yield key, codes.numpy().astype(width), facts
+
+
+def _image_codes(
+    model: Any, recipe: Any, dataset: ShardedDataset, indexes: range
+) -> Iterator[tuple[str, Any, dict[str, Any]]]:
+    from pipeline.data import ImageCollation, SampleReference
+
+    collation = ImageCollation(recipe.data, recipe.seed, augment=False)
+    size = recipe.batch.samples or 1
     for first in range(indexes.start, indexes.stop, size):
         references = [SampleReference(index, 0) for index in range(first, min(first + size, indexes.stop))]
         batch = collation(references, dataset, 0, 0)
-        codes, lengths = model.encode_codes(batch)
+        codes, _ = model.encode_codes(batch)
         for row, key in enumerate(batch.keys):
-            length = int(lengths[row])
-            kept = codes[row] if images else codes[row, :length]
-            facts: dict[str, Any] = {}
-            if isinstance(batch, SpeechBatch):
-                facts = {"seconds": int(batch.lengths[row]) / SAMPLE_RATE, "frames": length} | _layout(recipe)
-            yield key, kept.numpy().astype(width), facts
+            yield key, codes[row], {}
+
+
+def _speech_codes(
+    model: Any, recipe: Any, dataset: ShardedDataset, indexes: range
+) -> Iterator[tuple[str, Any, dict[str, Any]]]:
+    """Clips come alone: a group norm over padding would make a clip's codes depend on its neighbours."""
+    from pipeline.data import SampleReference
+    from pipeline.export.clip_codes import clip_codes
+    from pipeline.models import build_collation
+
+    collation: Any = build_collation(recipe)
+    for index in indexes:
+        member = dataset.read(index)
+        waveforms, lengths = collation.clips([SampleReference(index, 0)], [member])
+        codes = clip_codes(model, waveforms[0])
+        facts = {"seconds": lengths[0] / SAMPLE_RATE, "frames": len(codes)} | _layout(recipe)
+        yield member.key, codes, facts
 
 
 @lru_cache(maxsize=1)
