@@ -270,26 +270,25 @@ def launch(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print what would run, and start nothing.")] = False,
 ) -> None:
     """Train on a cluster."""
-    from launch.start import start
+    from launch.start import Launch, start
 
-    raise typer.Exit(
-        start(
-            on.value,
-            recipe,
-            overrides or [],
-            run,
-            nodes=nodes,
-            ranks_per_node=ranks_per_node,
-            gpus=gpus,
-            failures=failures,
-            ray_address=ray_address,
-            hostfile=hostfile,
-            image=image,
-            time_limit=time_limit,
-            sbatch_options=sbatch or [],
-            dry_run=dry_run,
-        )
+    asked = Launch(
+        backend=on.value,
+        recipe_name=recipe,
+        overrides=overrides or [],
+        run=run,
+        nodes=nodes,
+        ranks_per_node=ranks_per_node,
+        gpus=gpus,
+        failures=failures,
+        ray_address=ray_address,
+        hostfile=hostfile,
+        image=image,
+        time_limit=time_limit,
+        sbatch_options=sbatch or [],
+        dry_run=dry_run,
     )
+    raise typer.Exit(start(asked))
 
 
 @app.command()

@@ -257,6 +257,7 @@ def _prepare(demo: Demo, kind: Literal["speech", "image"], source: Path, out: Pa
 def _train(demo: Demo, recipe_name: str, data: Path, run: Path, failures: int) -> Any:
     from launch.follow import Follow
     from launch.ray_train import train_on_ray
+    from launch.stop_file import StopFile
 
     recipe = _load(recipe_name, data)
     run.mkdir(parents=True)
@@ -266,8 +267,8 @@ def _train(demo: Demo, recipe_name: str, data: Path, run: Path, failures: int) -
         f"  {recipe.name}: {RANKS} Ray workers, DeepSpeed ZeRO-{recipe.engine.zero_stage}, "
         f"quantizer {recipe.quantizer.kind}, {recipe.training.steps} steps of {recipe.batch.micro_batches} batches"
     )
-    with Follow(run, recipe.training.steps, recipe.name, demo.console, warnings=True):
-        train_on_ray(recipe_file, run, RANKS, failures=failures)
+    with StopFile(run) as stop, Follow(run, recipe.training.steps, recipe.name, demo.console, warnings=True):
+        train_on_ray(recipe_file, run, RANKS, stop, failures=failures)
     return recipe
 
 

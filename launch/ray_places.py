@@ -10,7 +10,7 @@ import logging
 import math
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 logger = logging.getLogger("tessera")
@@ -22,6 +22,8 @@ NODES_SECONDS = 600.0
 JOIN_SECONDS = 60.0
 """How long a cluster that starts may be."""
 _LOOK_EVERY = 1.0  # seconds
+_LEAVE_SECONDS = 10.0
+"""How long the thread's last look may take, unless the head died."""
 _CREATED = "CREATED"
 
 
@@ -45,6 +47,9 @@ class Places:
 
     def __exit__(self, *_: object) -> None:
         self._over.set()
+        self._thread.join(
+            _LEAVE_SECONDS
+        )  # Ray's session may end next, and this thread's question would start a new one
 
     def shortage(self) -> str:
         """Why the cluster's nodes could not hold the workers even if nothing else ran there, or nothing."""
@@ -57,12 +62,13 @@ class Places:
         sizes = (_words({name: node["Resources"].get(name, 0) for name in self._resources}) for node in nodes)
         return f"the nodes of the Ray cluster ({'; '.join(sizes)}) hold {room} of {self}"
 
-    def wait_for_nodes(self, patience: float) -> str:
-        """Until the cluster has nodes for the workers, busy or not. Returns the shortage after ``patience`` seconds."""
+    def wait_for_nodes(self, patience: float, given_up: Callable[[], bool]) -> str:
+        """Until the cluster has nodes for the workers, busy or not. Returns the shortage that is left after
+        ``patience`` seconds, or when the caller has given up."""
         began, told = time.monotonic(), -math.inf
         while shortage := self.shortage():
             now = time.monotonic()
-            if now - began >= patience:
+            if now - began >= patience or given_up():
                 return shortage
             if now - told >= WAIT_LINE_EVERY:
                 told = now

@@ -3,20 +3,26 @@
 In: a recipe, a run folder, a number of ranks. Out: the run folder filled. A new worker group resumes from the run
 folder's last whole checkpoint, so a failure costs the steps since then and nothing else. Signals to stop reach the
 workers as a file in the run folder.
+
+Ray Train's own loop runs in a Ray task. It waits within Ray for as long as the run takes, and Ray ends a process at
+once, with code 1, when it is shut down while a thread of it waits so. The launcher only ever looks and sleeps: it can
+leave at any time with the right code, and what it leaves ends with its job on the cluster.
 """
 
 from __future__ import annotations
 
 import logging
 import os
-import threading
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from launch.ray_places import JOIN_SECONDS, Places
 from launch.stop_file import StopFile
 from pipeline.training.checkpoint import MANIFEST, checkpoint_name
+
+if TYPE_CHECKING:
+    from ray import ObjectRef
 
 logger = logging.getLogger("tessera")
 
@@ -35,6 +41,7 @@ def train_on_ray(
     recipe_file: Path,
     run: Path,
     ranks: int,
+    stop: StopFile,
     *,
     failures: int = 0,
     threads_per_rank: int | None = None,
@@ -42,16 +49,16 @@ def train_on_ray(
 ) -> bool:
     """Train the recipe in ``recipe_file`` into ``run`` on ``ranks`` Ray workers. Needs an initialised Ray.
 
-    ``failures`` is how many times a dead worker group may be replaced. Both paths must be readable from every node.
-    Where the cluster has GPUs each rank gets one, unless ``use_gpu`` says otherwise. While the workers have no places
-    on the cluster, the log says every 30 seconds what they wait for.
+    ``stop`` is open and of the same run. ``failures`` is how many times a dead worker group may be replaced. Both paths
+    must be readable from every node. Where the cluster has GPUs each rank gets one, unless ``use_gpu`` says otherwise.
+    While the workers have no places on the cluster, the log says every 30 seconds what they wait for.
     Returns False when a signal stopped the run, which has saved its state and goes on when it is started again. Raises
-    :class:`LaunchError` when the run fails for good, ConnectionError when Ray itself is gone.
+    :class:`LaunchError` when the run fails for good, ConnectionError when Ray itself is gone. What then still waits or
+    runs on the cluster ends with this process's Ray session.
     """
     import ray
-    from ray.train.torch import TorchTrainer
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-    from launch.ray_network import NetworkConfig
     from recipes.schema import load_recipe
 
     training = load_recipe(recipe_file).training
@@ -59,7 +66,11 @@ def train_on_ray(
     gpu = ray.cluster_resources().get("GPU", 0) > 0 if use_gpu is None else use_gpu
     worker = {"CPU": 1.0} | ({"GPU": 1.0} if gpu else {})
     places = Places(ranks, worker)
-    if shortage := places.wait_for_nodes(JOIN_SECONDS):
+    last = run / "checkpoints" / checkpoint_name(training.steps) / MANIFEST
+    shortage = places.wait_for_nodes(JOIN_SECONDS, lambda: stop.wanted)
+    if stop.wanted:
+        return last.is_file()
+    if shortage:
         raise LaunchError(f"{shortage}: use fewer ranks or add nodes")
     threads = threads_per_rank or max(1, int(ray.cluster_resources().get("CPU", 1)) // ranks)
     environment = {
@@ -67,60 +78,75 @@ def train_on_ray(
         "DS_ACCELERATOR": "cuda" if gpu else "cpu",
         "TORCH_CPP_LOG_LEVEL": "ERROR",
     }
-    train: Any = ray.train  # untyped: its annotations name these classes and their older namesakes by turns
-    run_config = train.RunConfig(
-        name="ray",
-        storage_path=str(run.resolve()),
-        failure_config=train.FailureConfig(max_failures=failures),
-        worker_runtime_env={"env_vars": environment},
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    fit: Any = ray.remote(_fit)
+    running = fit.options(num_cpus=0, max_retries=0, scheduling_strategy=here).remote(
+        recipe_file.resolve(), run.resolve(), ranks, worker, environment, failures, training.collective_timeout
     )
-    trainer = TorchTrainer(
-        _train_on_this_worker,
-        train_loop_config={"recipe": str(recipe_file.resolve()), "run": str(run.resolve())},
-        scaling_config=train.ScalingConfig(num_workers=ranks, use_gpu=gpu, resources_per_worker=worker),
-        torch_config=NetworkConfig(backend="nccl" if gpu else "gloo", timeout_s=training.collective_timeout),
-        run_config=run_config,
-    )
-    last = run / "checkpoints" / checkpoint_name(training.steps) / MANIFEST
-    _fit(trainer, run, last, places)
+    _wait(running, run, last, places, stop)
     return last.is_file()
 
 
-def _fit(trainer: Any, run: Path, last: Path, places: Places) -> None:
-    """``trainer.fit()``, which must neither swallow a signal nor keep this process for good."""
+def _wait(running: ObjectRef[None], run: Path, last: Path, places: Places, stop: StopFile) -> None:
+    """Until the task has ended, or there is no more reason to wait for it."""
+    import ray
+
     from pipeline.ray_session import RayWatch
 
-    errors: list[Exception] = []
-
-    def fit() -> None:
-        try:
-            trainer.fit()
-        except Exception as error:
-            errors.append(error)
-
-    # A thread: in the main one Ray Train takes SIGINT for itself, and no other signal would be handled while it waits.
-    thread = threading.Thread(target=fit, name="tessera-ray-train", daemon=True)
     watch = RayWatch(head_returns=True)
     patience, unheard = END_SECONDS, 0.0
-    with StopFile(run) as stop, places:
-        thread.start()
-        while thread.is_alive() and patience > 0:
-            thread.join(_LOOK_EVERY)
+    with places:
+        while not ray.wait([running], timeout=_LOOK_EVERY)[0]:
             watch.check()
             if places.problem:
                 raise LaunchError(places.problem)
             stop.pass_on()
             unheard = unheard + _LOOK_EVERY if stop.wanted and not places.taken else 0.0
             if unheard >= UNHEARD_SECONDS:
-                return  # Ray forgets what was asked of it when this process ends
+                return
             if last.is_file():
                 patience -= _LOOK_EVERY
-    if thread.is_alive():
-        logger.warning(
-            "the run is complete, but Ray has not ended its workers in %.0f seconds: left alone", END_SECONDS
-        )
-    elif errors:
-        raise LaunchError(f"training into {run} failed: {_root_cause(errors[0])}") from errors[0]
+            if patience <= 0:
+                logger.warning(
+                    "the run is complete, but Ray has not ended its workers in %.0f seconds: left alone", END_SECONDS
+                )
+                return
+    try:
+        ray.get(running)
+    except Exception as error:
+        raise LaunchError(f"training into {run} failed: {_root_cause(error)}") from error
+
+
+def _fit(
+    recipe_file: Path,
+    run: Path,
+    ranks: int,
+    worker: dict[str, float],
+    environment: dict[str, str],
+    failures: int,
+    timeout: int,
+) -> None:
+    """In a Ray task: all of the run's worker groups. ``worker`` is what each rank gets, ``timeout`` in seconds."""
+    import ray.train
+    from ray.train.torch import TorchTrainer
+
+    from launch.ray_network import NetworkConfig
+
+    gpu = "GPU" in worker
+    train: Any = ray.train  # untyped: its annotations name these classes and their older namesakes by turns
+    trainer = TorchTrainer(
+        _train_on_this_worker,
+        train_loop_config={"recipe": str(recipe_file), "run": str(run)},
+        scaling_config=train.ScalingConfig(num_workers=ranks, use_gpu=gpu, resources_per_worker=worker),
+        torch_config=NetworkConfig(backend="nccl" if gpu else "gloo", timeout_s=timeout),
+        run_config=train.RunConfig(
+            name="ray",
+            storage_path=str(run),
+            failure_config=train.FailureConfig(max_failures=failures),
+            worker_runtime_env={"env_vars": environment},
+        ),
+    )
+    trainer.fit()
 
 
 def _train_on_this_worker(config: dict[str, Any]) -> None:
@@ -142,7 +168,8 @@ def _train_on_this_worker(config: dict[str, Any]) -> None:
 
 
 def _root_cause(error: BaseException) -> str:
-    """The first failing worker's message, or the error's own."""
+    """The first failing worker's message, or that of what ended the task."""
+    error = getattr(error, "cause", None) or error
     failures = getattr(error, "worker_failures", None)
     if failures:
         rank, failure = sorted(failures.items())[0]

@@ -14,6 +14,7 @@ import ray
 from launch import ray_places, ray_train
 from launch.ray_places import Places
 from launch.ray_train import LaunchError, train_on_ray
+from launch.stop_file import StopFile
 from pipeline.training.run_folder import Run
 from pipeline.training.stop import RESUME_ME, STOP_FILE
 from recipes.schema import load_recipe
@@ -30,6 +31,11 @@ cli.main()
 RANKS = 2
 
 
+def _train(recipe_file, run, ranks=RANKS, failures=0):
+    with StopFile(run) as stop:
+        return train_on_ray(recipe_file, run, ranks, stop, failures=failures, use_gpu=False)
+
+
 @pytest.fixture
 def recipe_file(image_dataset, tmp_path):
     overrides = [f"data.path={image_dataset}", *IMAGE, f"training.steps={STEPS}", "training.log_every=1"]
@@ -39,11 +45,15 @@ def recipe_file(image_dataset, tmp_path):
     return file
 
 
+def _states_of_groups():
+    return [group["state"] for group in ray.util.placement_group_table().values()]
+
+
 def _when_attempt(run, attempt, act):
     """In a thread: once that start of the run has logged a step."""
 
     def wait():
-        until = time.monotonic() + 240
+        until = time.monotonic() + 600  # a busy machine starts Ray's workers in minutes
         while time.monotonic() < until:
             log = run.log()
             if log and log[-1]["attempt"] == attempt:
@@ -61,7 +71,7 @@ def test_a_signal_stops_the_workers_and_a_dead_one_is_replaced(ray_cluster, reci
     (run.path / STOP_FILE).touch()  # of a launch that died: means nothing to this one
     before = signal.getsignal(signal.SIGUSR1)
     _when_attempt(run, 1, lambda: os.kill(os.getpid(), signal.SIGUSR1))
-    assert train_on_ray(recipe_file, run.path, RANKS, failures=0, use_gpu=False) is False
+    assert _train(recipe_file, run.path) is False
     assert signal.getsignal(signal.SIGUSR1) is before
     stopped_at = run.log()[-1]["step"]
     assert stopped_at < STEPS
@@ -69,7 +79,7 @@ def test_a_signal_stops_the_workers_and_a_dead_one_is_replaced(ray_cluster, reci
     assert not (run.path / STOP_FILE).exists()
 
     _when_attempt(run, 2, lambda: os.kill(run.environment()["ranks"][-1]["pid"], signal.SIGKILL))
-    assert train_on_ray(recipe_file, run.path, RANKS, failures=1, use_gpu=False) is True
+    assert _train(recipe_file, run.path, failures=1) is True
     assert {line["attempt"] for line in run.log()} == {1, 2, 3}
     assert run.latest_checkpoint().name == f"step-{STEPS:08d}"
 
@@ -78,7 +88,7 @@ def test_a_signal_stops_the_workers_and_a_dead_one_is_replaced(ray_cluster, reci
 def test_what_a_worker_says_reaches_the_caller(ray_cluster, recipe_file, image_dataset, tmp_path):
     recipe_file.write_text(recipe_file.read_text().replace(str(image_dataset), "/gone"))
     with pytest.raises(LaunchError, match=r"rank \d: .*data set folder /gone does not exist"):
-        train_on_ray(recipe_file, tmp_path / "run", RANKS, use_gpu=False)
+        _train(recipe_file, tmp_path / "run")
 
 
 @pytest.mark.slow
@@ -106,6 +116,10 @@ def test_a_start_without_places_says_so_and_hears_a_signal(ray_cluster, recipe_f
             assert running.process.wait(120) == RESUME_ME, running.output()
         assert "Traceback" not in running.output()
         assert not (tmp_path / "run" / STOP_FILE).exists()
+        until = time.monotonic() + 60
+        while waiting := set(_states_of_groups()) - {"REMOVED"}:
+            assert time.monotonic() < until, f"{waiting} of a run that is over"
+            time.sleep(0.1)
     finally:
         ray.kill(other)
 
@@ -115,7 +129,7 @@ def test_more_workers_than_the_nodes_hold_are_refused(ray_cluster, recipe_file, 
     cpus = ray_cluster["CPU"]
     words = rf"the nodes of the Ray cluster \({cpus:g} CPU\) hold {cpus:g} of 999 workers with 1 CPU each"
     with pytest.raises(LaunchError, match=f"{words}: use fewer ranks or add nodes"):
-        train_on_ray(recipe_file, tmp_path / "run", 999, use_gpu=False)
+        _train(recipe_file, tmp_path / "run", 999)
     assert "waiting for nodes to join, up to 0 s: the nodes" in caplog.text
 
 
@@ -151,12 +165,12 @@ def test_a_worker_that_hangs_at_its_end_does_not_keep_the_caller(
     freezer = threading.Thread(target=freeze_at_the_end)
     freezer.start()
     try:
-        assert train_on_ray(recipe_file, run.path, RANKS, failures=1, use_gpu=False) is True
+        assert _train(recipe_file, run.path, failures=1) is True
     finally:
         freezer.join()
         os.kill(frozen[0], signal.SIGCONT)
     assert "the run is complete, but Ray has not ended its workers in 5 seconds" in caplog.text
-    for thread in threading.enumerate():
-        if thread.name == "tessera-ray-train":
-            thread.join(240)
-            assert not thread.is_alive()
+    until = time.monotonic() + 240
+    while "CREATED" in _states_of_groups():
+        assert time.monotonic() < until, "the cluster is free again, for other tests too"
+        time.sleep(0.1)

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from launch.start import start
+from launch.start import Launch, start
 
 IMAGE = "image/autoencoder_tiny_ksom"
 
@@ -18,7 +18,8 @@ def launch(tmp_path, monkeypatch):
     defaults |= {"image": "lab/tessera:1", "time_limit": "24:00:00", "sbatch_options": [], "dry_run": True}
 
     def call(backend, *overrides, run, **other):
-        return start(backend, IMAGE, overrides, Path(run), **(defaults | other))
+        asked = {"backend": backend, "recipe_name": IMAGE, "overrides": overrides, "run": Path(run)}
+        return start(Launch(**(asked | defaults | other)))
 
     return call
 
