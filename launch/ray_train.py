@@ -75,6 +75,7 @@ def train_on_ray(
     threads = threads_per_rank or max(1, int(ray.cluster_resources().get("CPU", 1)) // ranks)
     environment = {
         "OMP_NUM_THREADS": str(threads),
+        "THP_MEM_ALLOC_ENABLE": os.environ.get("THP_MEM_ALLOC_ENABLE", "1"),  # see pipeline.training.__main__
         "DS_ACCELERATOR": "cuda" if gpu else "cpu",
         "TORCH_CPP_LOG_LEVEL": "ERROR",
     }

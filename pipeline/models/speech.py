@@ -22,6 +22,7 @@ from pipeline.data.masking import samples_for
 from pipeline.models.base import StepOutput, quantizer_losses, quantizer_metrics
 from pipeline.models.config import Wav2Vec2Config
 from pipeline.models.contrastive import contrast
+from pipeline.models.convolutions import compute_by_frames
 from pipeline.quantizers import Quantizer
 
 
@@ -37,6 +38,7 @@ class Wav2Vec2Pretraining(nn.Module):
         self.config = config
         factory = Wav2Vec2Factory(fairseq2_config(config))
         self.frontend = factory.create_encoder_frontend()
+        compute_by_frames(self.frontend.feature_extractor)
         self.encoder = factory.create_encoder()
         self.mask_embedding = nn.Parameter(torch.rand(config.model_dim))
         self.target_dropout = nn.Dropout(config.feature_dropout)

@@ -85,6 +85,9 @@ def measure_activations(recipe: Recipe, model: nn.Module, shape: tuple[int, int]
     wrap_blocks(model, recipe.engine.model_copy(update={"compile": False}))
     fake = FakeTensorMode(allow_non_fake_inputs=True)
     known = [*_make_fake(model, fake), *inputs]
+    for module in model.modules():
+        if hasattr(module, "quick"):  # pipeline.models.convolutions, which would import fairseq2 for images too
+            module.quick = device == "cpu"  # type: ignore[assignment]
     for parameter in model.parameters():
         parameter.register_post_accumulate_grad_hook(_forget_gradient)
     precision = torch.float16 if recipe.engine.precision == "fp16" else torch.bfloat16

@@ -5,12 +5,12 @@
 - ours: fairseq2's trunk with our masks, quantizer and objective,
 - transformers' Wav2Vec2ForPreTraining with the mask and negative samplers of its own example,
 - fairseq2's Wav2Vec2Model, its quantizer without torch.compile,
-- the convolutions alone, which all three share.
+- the convolutions alone, as ours computes them and as fairseq2 does.
 
 They take turns in one process, so that other load on the machine meets all; CPU seconds of all threads and wall seconds
 are given, best and median, over ours. Peak memory is that of a process of its own for each, over what the imports take
-in the same process. With a CUDA device the same is timed there in bf16 with wav2vec 2.0 BASE, in tokens a second and as
-a share of the device's peak.
+in the same process. ``--huge-pages`` has torch ask for huge pages, as our trainer does: for all alike. With a CUDA
+device the same is timed there in bf16 with wav2vec 2.0 BASE, in tokens a second and as a share of the device's peak.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from typing import Any
 SMALL = {"model_dim": 256, "layers": 6, "heads": 4, "ffn_dim": 1024, "clips": 4, "seconds": 5.0}
 BASE = {"model_dim": 768, "layers": 12, "heads": 12, "ffn_dim": 3072, "clips": 6, "seconds": 15.6}
 GROUPS, CODES, CODE_DIM, FINAL_DIM, NEGATIVES = 2, 320, 256, 256, 100
-NAMES = ("ours", "transformers", "fairseq2", "convolutions")
+NAMES = ("ours", "transformers", "fairseq2", "our-convolutions", "fairseq2-convolutions")
 
 
 def main() -> None:
@@ -38,10 +38,12 @@ def main() -> None:
     parser.add_argument("--turns", type=int, default=8, help="timed steps of each")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--names", nargs="*", default=list(NAMES), choices=NAMES)
+    parser.add_argument("--huge-pages", action="store_true", help="large tensors in huge pages")
     parser.add_argument("--no-memory", action="store_true", help="leave out the processes that measure memory")
     parser.add_argument("--child", choices=NAMES, help=argparse.SUPPRESS)
     options = parser.parse_args()
     _set_environment(options.threads)
+    os.environ["THP_MEM_ALLOC_ENABLE"] = str(int(options.huge_pages))
     import torch
 
     torch.set_num_threads(options.threads)
@@ -54,7 +56,7 @@ def main() -> None:
     if not options.no_memory:
         for name in options.names:
             command = [sys.executable, "-m", "tests.benchmarks.speech", "--child", name]
-            command += ["--threads", str(options.threads)]
+            command += ["--threads", str(options.threads), *["--huge-pages"] * options.huge_pages]
             output = subprocess.run(command, check=True, capture_output=True, text=True).stdout
             memory[name] = json.loads(output.splitlines()[-1])
     _print(_take_turns(options.names, sizes, device, options.turns), memory, sizes, device)
@@ -70,7 +72,8 @@ def _set_environment(threads: int) -> None:
 
 def _print(seconds: dict[str, list[tuple[float, float]]], memory: dict[str, int], sizes: Any, device: str) -> None:
     frames = sum(_frame_counts(sizes))
-    print(f"{sizes['clips']} clips of {sizes['seconds']:g} s ({frames} frames), {device}, {sizes}\n")
+    pages = "huge pages" if os.environ.get("THP_MEM_ALLOC_ENABLE") == "1" else "small pages"
+    print(f"{sizes['clips']} clips of {sizes['seconds']:g} s ({frames} frames), {device}, {sizes}, {pages}\n")
     print("| what | CPU s, best | ours over it | median | ours over it | wall s, best | frames/s | peak memory, MB |")
     print("|---|---|---|---|---|---|---|---|")
     columns = {name: [list(column) for column in zip(*values, strict=True)] for name, values in seconds.items()}
@@ -133,7 +136,8 @@ def _build(name: str, sizes: Any, device: str) -> Callable[[], None]:
         "ours": _ours,
         "transformers": _transformers,
         "fairseq2": _fairseq2,
-        "convolutions": _convolutions,
+        "our-convolutions": _our_convolutions,
+        "fairseq2-convolutions": _convolutions,
     }
     model, losses = builders[name](sizes, device)
     model.to(device).train()
@@ -275,6 +279,14 @@ def _convolutions(sizes: Any, device: str) -> tuple[Any, Callable[[], Any]]:
         features, _ = extractor(waveforms, BatchLayout.of(waveforms))
         return features.float().square().mean()
 
+    return extractor, losses
+
+
+def _our_convolutions(sizes: Any, device: str) -> tuple[Any, Callable[[], Any]]:
+    extractor, losses = _convolutions(sizes, device)
+    from pipeline.models.convolutions import compute_by_frames
+
+    compute_by_frames(extractor)
     return extractor, losses
 
 

@@ -58,7 +58,8 @@ def test_what_saves_activations_saves_them_in_the_plan(name):
     def peak(*overrides):
         recipe = load_recipe(name, overrides)
         model = build_model(recipe.model, recipe.quantizer)
-        return measure_activations(recipe, model, micro_batch_shapes(recipe)[0], "cpu").peak
+        # Not a CPU: in fp32 the convolutions of speech take less there than anything else, even than in bf16.
+        return measure_activations(recipe, model, micro_batch_shapes(recipe)[0], "gpu").peak
 
     assert peak("engine.activation_checkpointing=true") < peak()
     assert peak("engine.precision=bf16") < 0.75 * peak()
@@ -87,7 +88,8 @@ def test_stages_share_out_what_they_name():
 
 
 def test_a_gpu_keeps_no_attention_and_bytes_for_dropout():
-    options = ["model.dropout=0.1", "model.attention_dropout=0.1", "batch.seconds=12"]
+    # In fp32 a CPU would have the convolutions of its own.
+    options = ["engine.precision=bf16", "model.dropout=0.1", "model.attention_dropout=0.1", "batch.seconds=12"]
     peaks = {}
     for device in ("cpu", "gpu"):
         recipe = load_recipe(SPEECH, options)
