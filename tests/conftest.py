@@ -113,6 +113,17 @@ IMAGE = [
     "model.residual_channels=8",
     "schedule.warmup_steps=1",
 ]
+SMALL_IMAGE = [
+    "batch.samples=4",
+    "data.image_size=32",
+    "quantizer.codes=16",
+    "quantizer.grid=[4,4]",
+    "model.channels=16",
+    "model.residual_channels=8",
+    "training.log_every=1",
+    "schedule.warmup_steps=2",
+]
+"""For runs of several ranks, that may be stopped, killed and compared."""
 SPEECH = [
     "batch.micro_batches=2",
     "batch.seconds=6",

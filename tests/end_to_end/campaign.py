@@ -18,11 +18,12 @@ import torch
 
 from pipeline.training.checkpoint import read_weights
 from pipeline.training.run_folder import Run
+from tests.conftest import SMALL_IMAGE
 from tests.distributed.harness import run_ranks
 from tests.end_to_end.recorded_training import trained_keys
 
 RECIPE = "image/autoencoder_tiny_ksom"
-RANKS, MICRO_BATCHES, SAMPLES = 2, 6, 4
+RANKS, MICRO_BATCHES = 2, 6
 FEW_STEPS, MANY_STEPS = 12, 400
 CHECKPOINT_EVERY = 5
 DEADLINE = 400.0  # seconds for anything that is waited for
@@ -33,19 +34,12 @@ def overrides(dataset: Path, steps: int) -> list[str]:
     """Of the recipe, for a run that is small and long enough."""
     return [
         f"data.path={dataset}",
+        *SMALL_IMAGE,
         f"batch.micro_batches={MICRO_BATCHES}",
-        f"batch.samples={SAMPLES}",
-        "data.image_size=32",
-        "quantizer.codes=16",
-        "quantizer.grid=[4,4]",
-        "model.channels=16",
-        "model.residual_channels=8",
         f"training.steps={steps}",
-        "training.log_every=1",
         f"training.checkpoint_every={CHECKPOINT_EVERY}",
         "training.collective_timeout=120",
         "codebooks.check_every=2",
-        "schedule.warmup_steps=2",
     ]
 
 

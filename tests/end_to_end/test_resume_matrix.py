@@ -15,6 +15,7 @@ import torch
 
 from pipeline.training.checkpoint import list_checkpoints, read_manifest, read_weights
 from pipeline.training.run_folder import Run
+from tests.conftest import SMALL_IMAGE
 from tests.distributed.harness import run_ranks
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
@@ -22,17 +23,10 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
 STEPS, STEPS_A_LEG = 20, 3
 RECIPE = "image/autoencoder_tiny_ksom"
 OVERRIDES = [
+    *SMALL_IMAGE,
     "batch.micro_batches=4",
-    "batch.samples=4",
-    "data.image_size=32",
-    "quantizer.codes=16",
-    "quantizer.grid=[4,4]",
-    "model.channels=16",
-    "model.residual_channels=8",
     f"training.steps={STEPS}",
-    "training.log_every=1",
     "codebooks.check_every=2",
-    "schedule.warmup_steps=2",
 ]
 CHAINS = {
     "ranks": [(1, 1), (2, 1), (4, 1), (2, 1), (1, 1)],

@@ -14,6 +14,7 @@ import torch
 from launch.cluster_check import bus_bandwidth
 from pipeline.training.checkpoint import read_weights
 from pipeline.training.run_folder import Run
+from tests.conftest import SMALL_IMAGE
 from tests.distributed.hosts import Host, hosts, why_not
 
 RECIPE = "image/autoencoder_tiny_ksom"
@@ -29,18 +30,11 @@ pytestmark = pytest.mark.skipif(bool(why_not()), reason=why_not())
 def _overrides(dataset: Path, steps: int, timeout: int) -> list[str]:
     return [
         f"data.path={dataset}",
+        *SMALL_IMAGE,
         "batch.micro_batches=4",
-        "batch.samples=4",
-        "data.image_size=32",
-        "quantizer.codes=16",
-        "quantizer.grid=[4,4]",
-        "model.channels=16",
-        "model.residual_channels=8",
         f"training.steps={steps}",
-        "training.log_every=1",
         "training.checkpoint_every=5",
         f"training.collective_timeout={timeout}",
-        "schedule.warmup_steps=2",
     ]
 
 
