@@ -84,10 +84,13 @@ def _against_few_codes(name: str, quantizer: Quantizer) -> list[str]:
         remedies.append(f"let unused codes move ({option}.replace_after=20)")
     if getattr(config, "update_empty", True) is False and getattr(config, "count_init", 1) == 0:
         remedies.append(f"count codes from 1 ({option}.count_init=1)")
+    on_grid = hasattr(quantizer, "are_neighbours")
     for weight in ("diversity_weight", "entropy_weight", "weight"):
-        if hasattr(config, weight):
+        if hasattr(config, weight) and not on_grid:
             remedies.append(f"ask for more even use (a higher {option}.{weight})")
-    if not hasattr(quantizer, "are_neighbours"):
+    if on_grid and hasattr(config, "temperature"):  # a neighbourhood as wide as the map makes all its codes alike
+        remedies.append(f"wait until the neighbourhood is narrow, or start it so (a lower {option}.temperature)")
+    if not on_grid:
         remedies.append(f"let codes learn from their neighbours ({option}.kind=ksom)")
     return remedies
 

@@ -21,7 +21,6 @@ from pipeline.codebooks.collapse import FLAT, code_latent_divergence, effective_
 from pipeline.codebooks.topology import grid_correlation, spread_codes
 from pipeline.codebooks.watch import Watched, compares, is_map
 from pipeline.quantizers.base import Quantizer
-from pipeline.quantizers.neighbourhood import grid_coordinates
 
 MEASURED_CODES = 65_536
 """Codebooks larger than this are counted, but where their codes lie is left alone."""
@@ -177,7 +176,7 @@ def measure_watched(quantizer: Quantizer, watched: Watched, counts: Tensor | Non
 
 def _order_on_grid(quantizer: Any, codebook: Tensor) -> float:
     chosen = spread_codes(quantizer.codes, CORRELATED_CODES)
-    places = grid_coordinates(quantizer.grid)[chosen].float()
+    places = quantizer.grid_places().cpu()[chosen]
     return grid_correlation(codebook[chosen], torch.cdist(places, places, compute_mode="donot_use_mm_for_euclid_dist"))
 
 

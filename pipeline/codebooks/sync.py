@@ -19,7 +19,7 @@ from pipeline import collectives
 from pipeline.codebooks.engine_parameters import check_precision, write_codes
 from pipeline.codebooks.health import CodebookHealth, QuantizerHealth, measure
 from pipeline.codebooks.replacement import Replacement
-from pipeline.codebooks.watch import Watch, Watched
+from pipeline.codebooks.watch import Watch, Watched, can_watch
 from pipeline.quantizers.base import Quantizer
 
 
@@ -62,7 +62,7 @@ class CodebookSync:
         self.watch_every = watch_every
         self._watches: dict[str, Watch] = {}
         if watch_every:
-            self._watches = {name: Watch(found) for name, found in self.quantizers.items() if not _holds_others(found)}
+            self._watches = {name: Watch(found) for name, found in self.quantizers.items() if can_watch(found)}
             for name in self._watches:  # a checkpoint brings the number of steps done
                 self.quantizers[name].register_load_state_dict_post_hook(lambda *_: self._choose_watched())
         self._choose_watched()
@@ -168,11 +168,6 @@ class CodebookSync:
     def check_ranks_agree(self) -> None:
         """Raise RuntimeError on every rank unless all ranks hold bit-equal codebooks."""
         collectives.check_same(self.checksum(), "codebook checksums", self.process_group)
-
-
-def _holds_others(quantizer: Quantizer) -> bool:
-    """Whether its codes are those of quantizers within, which are watched themselves."""
-    return any(isinstance(part, Quantizer) for part in quantizer.modules() if part is not quantizer)
 
 
 def _bytes(tensor: Tensor) -> bytes:

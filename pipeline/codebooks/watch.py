@@ -21,6 +21,8 @@ from pipeline.quantizers.base import Quantized, Quantizer
 
 WATCHED_TOKENS = 1024
 """Tokens of a forward that are looked at, at most."""
+WATCHED_DIM = 1024
+"""Features of the largest latents that are watched: the sums grow with their square."""
 SEARCHED_AT_ONCE = 1 << 22
 """Distances to codes in memory when a map's two nearest codes are looked for: 16 MB."""
 GAP = "soft_hard_gap"
@@ -55,7 +57,7 @@ class Watch:
 
     def __init__(self, quantizer: Quantizer) -> None:
         self.quantizer = quantizer
-        self.dim = quantizer.input_dim if quantizer.project_in is None else quantizer.codebook_dim
+        self.dim = compared_dim(quantizer)
         self.size = SCALARS + self.dim + self.dim * self.dim
         self._sums: Tensor | None = None
 
@@ -104,6 +106,18 @@ class Watch:
         total, products = sums[SCALARS:].split([self.dim, self.dim * self.dim])
         moments = SecondMoments(int(tokens), total, products.reshape(self.dim, self.dim))
         return Watched(int(tokens), error, torn, int(smoothed), gap, moments)
+
+
+def compared_dim(quantizer: Quantizer) -> int:
+    """Size of a latent as it is compared with codes."""
+    return quantizer.input_dim if quantizer.project_in is None else quantizer.codebook_dim
+
+
+def can_watch(quantizer: Quantizer) -> bool:
+    """Whether its sums are small enough to travel with a step's statistics, and its codes are its own: those of
+    quantizers within it are watched themselves."""
+    holds_others = any(isinstance(part, Quantizer) for part in quantizer.modules() if part is not quantizer)
+    return not holds_others and compared_dim(quantizer) <= WATCHED_DIM
 
 
 def compares(quantizer: Quantizer) -> bool:

@@ -85,16 +85,18 @@ class QuantizerProbe:
         if GAP in output.metrics:
             self._gap += float(output.metrics[GAP]) * len(codes)
             self._gap_tokens += len(codes)
-        if not self.shares_space:
+        if not (self.shares_space or self.has_grid):
             return
         compared = self.quantizer.real_latents(latents, None).double()  # projected, normalised
+        if self.has_grid:
+            codebook = self.quantizer.codebook()[0]
+            self._torn += int(find_torn(compared.float(), codebook, self.quantizer.are_neighbours).sum())
+        if not self.shares_space:
+            return
         self._compared.add(compared)
         of_groups = self.quantizer.vectors_of(codes.clamp(min=0)) * (codes >= 0).unsqueeze(-1)
         vectors = self.quantizer.join_groups(of_groups)
         self._squared_error += float((vectors.double() - compared).square().sum())
-        if self.has_grid:
-            codebook = self.quantizer.codebook()[0]
-            self._torn += int(find_torn(compared.float(), codebook, self.quantizer.are_neighbours).sum())
 
     def compute(self) -> dict[str, float]:
         """Metrics by name; those that mean nothing for this quantizer are left out.

@@ -28,17 +28,12 @@ from pipeline.quantizers.neighbourhood import (
 )
 
 
-class GridOptions(QuantizerOptions):
-    """For kinds whose codes stand on a grid and share what they learn with the codes around."""
+class GridShape(QuantizerOptions):
+    """For kinds whose codes stand on a grid."""
 
     grid: tuple[int, ...] | None = Field(
         None, description="shape of the map, such as [32, 16]; none: the squarest two-dimensional one"
     )
-    neighbourhood: Neighbourhood = Field(
-        "hard", description="hard: the codes around; gaussian: the paper's formula; exponential: the published code's"
-    )
-    shrink_step: float = Field(0.1, ge=0, description="τ: how fast the neighbourhood shrinks, per optimiser step")
-    base: float = Field(10.0, gt=0, description="b: width of the gaussian and exponential neighbourhood at the start")
 
     @model_validator(mode="after")
     def _grid_holds_the_codes(self) -> Any:
@@ -54,8 +49,18 @@ class GridOptions(QuantizerOptions):
         return self
 
 
+class GridOptions(GridShape):
+    """For kinds whose codes share what they learn with the codes around."""
+
+    neighbourhood: Neighbourhood = Field(
+        "hard", description="hard: the codes around; gaussian: the paper's formula; exponential: the published code's"
+    )
+    shrink_step: float = Field(0.1, ge=0, description="τ: how fast the neighbourhood shrinks, per optimiser step")
+    base: float = Field(10.0, gt=0, description="b: width of the gaussian and exponential neighbourhood at the start")
+
+
 class GridMap:
-    """What a quantizer whose configuration has :class:`GridOptions` says of its map; each group has one."""
+    """What a quantizer whose configuration has :class:`GridShape` says of its map; each group has one."""
 
     config: Any
     updates: Tensor
@@ -65,14 +70,18 @@ class GridMap:
         """Shape of the map; the first axis runs fastest."""
         return self.config.grid or factorise(self.config.codes)
 
+    def grid_places(self) -> Tensor:
+        """Where each code stands: fp32 ``(codes, axes)``."""
+        return grid_coordinates(self.grid).float()
+
     def grid_distance(self) -> Tensor:
         """Euclidean distance of each pair of codes on the grid: fp32 ``(codes, codes)``."""
         return grid_distance(self.grid)
 
     def are_neighbours(self, code_a: Tensor, code_b: Tensor) -> Tensor:
         """True where two codes, int64 of one shape, touch on the grid (diagonally too) or are the same."""
-        coordinates = grid_coordinates(self.grid).to(code_a.device)
-        apart = (coordinates[code_a] - coordinates[code_b]).float().square().sum(dim=-1).sqrt()
+        places = self.grid_places().to(code_a.device)
+        apart = (places[code_a] - places[code_b]).square().sum(dim=-1).sqrt()
         return torch.as_tensor(apart < NEIGHBOUR_DISTANCE)
 
     def neighbourhood(self) -> tuple[Neighbourhood, tuple[int, ...], int, float, float]:

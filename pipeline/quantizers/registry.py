@@ -24,6 +24,7 @@ from pipeline.quantizers.lfq import LFQConfig, LFQQuantizer
 from pipeline.quantizers.residual import LEVEL_KINDS, ResidualConfig, ResidualQuantizer
 from pipeline.quantizers.rotation import RotationConfig, RotationQuantizer
 from pipeline.quantizers.simvq import SimVQConfig, SimVQQuantizer
+from pipeline.quantizers.som import SOMConfig, SOMQuantizer
 from pipeline.quantizers.ste import STEConfig, STEQuantizer
 
 KINDS: dict[str, tuple[type[BaseModel], Any]] = {
@@ -31,6 +32,7 @@ KINDS: dict[str, tuple[type[BaseModel], Any]] = {
     "ema": (EMAConfig, EMAQuantizer),
     "ksom": (KSOMConfig, KSOMQuantizer),
     "gd_som": (GDSOMConfig, GDSOMQuantizer),
+    "som": (SOMConfig, SOMQuantizer),
     "ste": (STEConfig, STEQuantizer),
     "affine": (AffineConfig, AffineQuantizer),
     "knn_simplex": (KNNSimplexConfig, KNNSimplexQuantizer),
@@ -47,6 +49,7 @@ QuantizerConfig = Annotated[
     | EMAConfig
     | KSOMConfig
     | GDSOMConfig
+    | SOMConfig
     | STEConfig
     | AffineConfig
     | KNNSimplexConfig

@@ -150,3 +150,7 @@ def test_remedies_name_options_that_the_kind_has():
     assert "diversity_weight" in gumbel.message
     levels = build_quantizer({"kind": "residual", "dim": 4, "codes": 64}).levels
     assert "quantizer.level.replace_after" in judge_tokens("quantizer.levels.1", levels[1], 1000, [1.0]).message
+    som = build_quantizer({"kind": "som", "dim": 4, "codes": 64, "steps": 9})
+    of_map = judge_tokens("quantizer", som, 1000, [1.0]).message
+    assert "a lower quantizer.temperature" in of_map
+    assert "weight" not in of_map

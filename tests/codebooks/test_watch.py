@@ -6,7 +6,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from pipeline.codebooks import CodebookSync
-from pipeline.codebooks.watch import WATCHED_TOKENS, Watch, spread_tokens
+from pipeline.codebooks.watch import WATCHED_DIM, WATCHED_TOKENS, Watch, spread_tokens
 from pipeline.quantizers import build_quantizer
 
 DIM = 6
@@ -163,6 +163,19 @@ def test_levels_of_a_residual_quantizer_are_watched_and_their_container_is_not()
     health = sync.step()
     assert [of_level.name for of_level in health.quantizers] == ["quantizer.levels.0", "quantizer.levels.1"]
     assert all(of_level.measures["quantization_error"] > 0 for of_level in health.quantizers)
+
+
+def test_latents_whose_products_would_fill_a_step_are_counted_only():
+    def summary(dim):
+        quantizer = build_quantizer({"kind": "som", "dim": dim, "codes": 8, "steps": 9}).train()
+        sync = CodebookSync(quantizer, watch_every=1)
+        quantizer(torch.rand(20, dim))
+        return sync.step().summary()
+
+    assert "latent_dimension" in summary(WATCHED_DIM)
+    of_larger = summary(WATCHED_DIM + 1)
+    assert "latent_dimension" not in of_larger
+    assert of_larger["codebook_usage"] > 0
 
 
 def test_watching_changes_no_codebook():

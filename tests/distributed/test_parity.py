@@ -57,6 +57,8 @@ KINDS = {
     "rotation-l2-small": {"kind": "rotation", "normalise": "l2", "codebook_dim": 4, **AVERAGE},
     "gd_som-hard": {"kind": "gd_som", "grid": [6, 4], **LEARNED},
     "gd_som-gaussian": {"kind": "gd_som", "neighbourhood": "gaussian", "groups": 2, "codebook_dim": 4, **LEARNED},
+    "som": {"kind": "som", "codes": 12, "steps": 9, "weight": 1.0, "reduction": "sum_over_prototypes"},
+    "som-hexagonal": {"kind": "som", "codes": 12, "steps": 9, "weight": 9.0, "topology": "hexagonal"},
     "simvq": {"kind": "simvq", "groups": 2, **LEARNED},
     "simvq-l2-small": {"kind": "simvq", "normalise": "l2", "codebook_dim": 4, **LEARNED},
     "ste": {"kind": "ste", "sync_nu": 0.1, **LEARNED},

@@ -14,7 +14,7 @@ from pipeline.quantizers.registry import KINDS
 def test_a_configuration_survives_its_own_dump(kind):
     config = TypeAdapter(QuantizerConfig).validate_python({"kind": kind})
     assert TypeAdapter(QuantizerConfig).validate_python(config.model_dump(mode="json")) == config
-    quantizer = build_quantizer(config, dim=16)
+    quantizer = build_quantizer(config, dim=16, **({"steps": 9} if kind == "som" else {}))
     assert quantizer.config.kind == kind
     assert (quantizer.dim, quantizer.codes) == (16, getattr(config, "codes", 0))
     assert build_quantizer(quantizer.config).dim == 16
@@ -30,7 +30,7 @@ def test_every_option_is_described(kind):
 @pytest.mark.parametrize(
     ("options", "extra", "message"),
     [
-        ({"kind": "som", "codes": 8}, {}, "quantizer.kind='som' is unknown: use identity, ema, .*; did you mean ksom"),
+        ({"kind": "kom", "codes": 8}, {}, "quantizer.kind='kom' is unknown: use identity, ema, .*; did you mean ksom"),
         ({"codes": 8}, {}, "quantizer.kind=None is unknown: use identity, "),
         ({"kind": "ema", "codes": 8}, {}, "quantizer.dim is missing"),
         ({"kind": "ema", "cods": 8, "dim": 4}, {}, "quantizer.cods=8: unknown option; did you mean codes?"),

@@ -24,6 +24,8 @@ TINY = {
     "sqvae_celeba128": {"model.latent_dim": 8, "model.residual_layers": 1},
 }
 CODES = 16
+DISCRETE = [kind for kind in KINDS if kind != "som"]
+"""A som stands beside a model and leaves latents as they are."""
 
 
 def on_meta(recipe):
@@ -50,7 +52,7 @@ def test_sizes(name):
 
 
 @pytest.mark.parametrize("name", SIZES)
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", DISCRETE)
 def test_one_override_is_another_quantizer(name, kind):
     """Of about the recipe's codes, whatever the recipe's own kind; the net and its training stay."""
     recipe, own = load_recipe(f"image/{name}", {"quantizer.kind": kind}), load_recipe(f"image/{name}")
@@ -64,7 +66,7 @@ def test_one_override_is_another_quantizer(name, kind):
 
 
 @pytest.mark.parametrize("name", TINY)
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", DISCRETE)
 def test_every_kind_trains(name, kind):
     """A step as the loop takes it; then codes give what the quantizer's own vectors give."""
     recipe = tiny(name, kind)
