@@ -8,7 +8,7 @@ the joints.
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, get_args
 
@@ -53,6 +53,16 @@ class Recipe(BaseModel):
         """ "speech" or "image": the kind of data set this recipe reads."""
         return self.model.reads
 
+    @model_validator(mode="before")
+    @classmethod
+    def _maps_cool_down_over_the_run(cls, values: Any) -> Any:
+        """``quantizer.steps`` of a map that names none: the run's."""
+        quantizer, training = values.get("quantizer"), values.get("training")
+        if isinstance(quantizer, Mapping) and isinstance(training, Mapping) and quantizer.get("kind") == "som":
+            steps = quantizer.get("steps") or training.get("steps")
+            return {**values, "quantizer": {**quantizer, "steps": steps}}
+        return values
+
     @model_validator(mode="after")
     def _combinations_mean_something(self) -> Recipe:
         wanted, other = ("seconds", "samples") if self.data_kind == "speech" else ("samples", "seconds")
@@ -73,6 +83,22 @@ class Recipe(BaseModel):
                     f"data.min_seconds={self.data.min_seconds:g}: model.conv_layers make fewer than {MINIMUM_FRAMES} "
                     f"frames of that, too few to mask: use {enough:g} or more"
                 )
+        beside = getattr(self.model, "quantizers", None)
+        if beside is not None and self.quantizer.kind not in beside:
+            raise ValueError(
+                f"quantizer.kind={self.quantizer.kind} makes vectors that model.kind={self.model.kind} has no use for: "
+                f"use {_any_of(beside)}"
+            )
+        if beside is None and self.quantizer.kind == "som":
+            raise ValueError(
+                f"quantizer.kind=som leaves latents as they are, model.kind={self.model.kind} needs codes: use "
+                "quantizer.kind=ksom or gd_som for a map, or model.kind=vit_som"
+            )
+        side = getattr(self.model, "image_size", self.data.image_size)
+        if side != self.data.image_size:
+            raise ValueError(
+                f"data.image_size={self.data.image_size} is not model.image_size={side}: use one value for both"
+            )
         settable = [
             kind for kind, (_, quantizer) in KINDS.items() if quantizer.set_codebook is not Quantizer.set_codebook
         ]
@@ -339,6 +365,6 @@ def _description(location: list[str], values: Mapping[str, Any]) -> str | None:
     return field.description if field else None
 
 
-def _any_of(choices: list[Any]) -> str:
+def _any_of(choices: Sequence[Any]) -> str:
     words = [str(choice) for choice in choices]
     return words[0] if len(words) == 1 else ", ".join(words[:-1]) + " or " + words[-1]

@@ -38,6 +38,12 @@ MEASURES = (
     Measure("chance_loss", "chance", number(3), "loss of guessing: log(distractors + 1)"),
     Measure("valid_targets", "valid targets", percent, "targets with at least one valid distractor; these are counted"),
     Measure("valid_negatives", "valid negatives", percent, "distractors whose codes differ from the target's"),
+    Measure("class_accuracy", "accuracy", percent, "images whose class is named"),
+    Measure("macro_precision", "precision", percent, "of the images named so, a mean over classes"),
+    Measure("macro_recall", "recall", percent, "of the images of a class, a mean over classes"),
+    Measure("macro_f1", "F1", percent, "harmonic mean of both, a mean over classes"),
+    Measure("purity", "purity", number(3), "images with the most frequent label of their code; grows with the codes"),
+    Measure("nmi", "NMI", number(3), "what codes tell of labels, over the mean of both entropies"),
     Measure("psnr", "PSNR", number(2, " dB"), "of the whole set's squared error; higher is better"),
     Measure("ssim", "SSIM", number(4), "structural similarity, mean over images; 1 is equal"),
     Measure("ms_ssim", "MS-SSIM", number(4), "the same at five scales; needs images of 176 pixels a side"),
@@ -60,6 +66,7 @@ MEASURES = (
     Measure("dead_codes", "dead codes", number(0), "codes that never occur in the set"),
     Measure("quantization_error_relative", "quantization error", percent, "latents' variance that the codes lose"),
     Measure("quantization_error", "squared distance to codes", number(4), "mean of a latent to its code"),
+    Measure("map_distance", "distance to the map", number(4), "mean to the best prototype, by the map's own distance"),
     Measure(
         "soft_hard_gap", "soft/hard gap", number(4), "mixtures to codes, squared, by feature; 0: no gap at inference"
     ),

@@ -29,11 +29,13 @@ SMALLEST_TILE = 8
 def image_pictures(runs: Sequence[RunView]) -> list[str]:
     """Everything there is to see of these image runs."""
     shown = [run for run in runs if run.model is not None and run.dataset is not None]
-    if not shown:
-        return []
-    parts = [page.heading("Originals and reconstructions", 3), reconstructions(shown)]
+    parts = []
+    decoding = [run for run in shown if getattr(run.model, "decoder", None) is not None]
+    if decoding:
+        parts += [page.heading("Originals and reconstructions", 3), reconstructions(decoding)]
     for run in shown:
-        parts += codebook_pictures(run)
+        if run.recipe.model.kind != "vit_som":  # a code of its map is a whole image
+            parts += codebook_pictures(run)
     return parts
 
 

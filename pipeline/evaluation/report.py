@@ -15,6 +15,7 @@ from pipeline.evaluation import page
 from pipeline.evaluation.catalogue import SYSTEMS, downstream_rows, present, shown
 from pipeline.evaluation.figures import count_chart, line_chart, rank_chart
 from pipeline.evaluation.image_figures import image_pictures
+from pipeline.evaluation.map_figures import map_pictures
 from pipeline.evaluation.run_view import RunView, open_runs
 from pipeline.evaluation.speech_figures import speech_pictures
 
@@ -25,6 +26,10 @@ CURVES = {
     "accuracy": "Contrastive accuracy",
     "loss_reconstruction": "Reconstruction loss",
     "mse": "Reconstruction error (MSE)",
+    "loss_classification": "Classification loss",
+    "class_accuracy": "Accuracy",
+    "quantizer_distance": "Distance to the map",
+    "quantizer_topographic_error": "Topographic error of the map",
     "codebook_perplexity": "Codebook perplexity",
     "codebook_usage": "Share of codes in use",
 }
@@ -131,7 +136,12 @@ def kind_section(name: str, kind: str, views: Sequence[RunView]) -> list[str]:
             page.figure(rank_chart("Codes by frequency", counts)),
         ]
         parts += [page.heading("Use of the codebook", 3), page.cards(charts)]
-    return parts + (speech_pictures(views) if kind == "speech" else image_pictures(views))
+    if kind == "speech":
+        return parts + speech_pictures(views)
+    parts += image_pictures(views)
+    for view in views:
+        parts += map_pictures(view)
+    return parts
 
 
 def metrics_rows(views: Sequence[RunView]) -> str:

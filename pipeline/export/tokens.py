@@ -237,6 +237,8 @@ def _layout(recipe: Any) -> dict[str, Any]:
     """How tokens lie in a sample: the ``frame_rate`` of speech in Hz, the ``latent_grid`` [height, width] of an
     image."""
     if recipe.data_kind == "image":
+        if recipe.model.kind == "vit_som":
+            return {"latent_grid": [1, 1]}  # its map has one code for an image
         side = recipe.data.image_size // 2**recipe.model.downsampling
         return {"latent_grid": [side, side]}
     return {"frame_rate": SAMPLE_RATE / math.prod(stride for _, _, stride in recipe.model.conv_layers)}

@@ -23,6 +23,7 @@ MODELS = {
     "wav2vec2": ("pipeline.models.speech", "Wav2Vec2Pretraining"),
     "autoencoder": ("pipeline.models.autoencoder", "Autoencoder"),
     "sqvae": ("pipeline.models.sqvae", "SQVAE"),
+    "vit_som": ("pipeline.models.vit_som", "ViTSOM"),
 }
 """Kind of model → its module, loaded when one is built, and its class, made of a configuration and a quantizer."""
 

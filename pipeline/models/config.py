@@ -11,9 +11,10 @@ from pydantic import Field
 
 from pipeline.models.image_config import AutoencoderConfig, SQVAEConfig
 from pipeline.models.speech_config import STANDARD_KERNELS, Wav2Vec2Config
+from pipeline.models.vit_som_config import ViTSOMConfig
 
-__all__ = ["AutoencoderConfig", "ModelConfig", "SQVAEConfig", "STANDARD_KERNELS", "Wav2Vec2Config"]
+__all__ = ["AutoencoderConfig", "ModelConfig", "SQVAEConfig", "STANDARD_KERNELS", "ViTSOMConfig", "Wav2Vec2Config"]
 
-ModelConfig = Annotated[Wav2Vec2Config | AutoencoderConfig | SQVAEConfig, Field(discriminator="kind")]
+ModelConfig = Annotated[Wav2Vec2Config | AutoencoderConfig | SQVAEConfig | ViTSOMConfig, Field(discriminator="kind")]
 """Each member has ``kind``; ``reads``, the kind of data set it is trained on; and ``quantizer_input``, the size of the
 vectors that go into its quantizer and the key that decides it."""

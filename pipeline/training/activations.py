@@ -239,7 +239,7 @@ class _Noise:
         length = self._length if self._speech else self._side
         if self._speech and index and index == self._samples - 1:
             length -= length // 20
-        return Member(self.keys(index), self._encode(length), length, -1, b"{}")
+        return Member(self.keys(index), self._encode(length), length, 0, b"{}")
 
 
 def _sound(length: int) -> bytes:
