@@ -16,21 +16,43 @@ from recipes.schema import load_recipe
 
 IMAGE, SPEECH = "image/autoencoder_tiny_ksom", "speech/wav2vec2_tiny"
 LIMIT = 0.15  # the largest share by which a plan may be off
-FAST = [(2, IMAGE, ["engine.zero_stage=2"]), (1, SPEECH, ["engine.zero_stage=1", "engine.precision=bf16"])]
-LAYOUTS = [
-    (ranks, recipe, [f"engine.zero_stage={stage}", f"engine.precision={precision}", *more])
-    for recipe in (IMAGE, SPEECH)
-    for ranks in (1, 2)
-    for stage in range(4)
-    for precision in ("fp32", "bf16")
-    for more in ([], ["engine.activation_checkpointing=true"])
+TWO = [
+    (2, IMAGE, ["engine.zero_stage=2"]),
+    (1, SPEECH, ["engine.zero_stage=1", "engine.precision=bf16", "batch.micro_batches=1"]),
 ]
 
 
-@pytest.mark.parametrize("cases", [FAST, pytest.param(LAYOUTS, marks=pytest.mark.slow)], ids=["two", "all"])
+def _layouts(ranks, recipe):
+    """Each in fp32 and bf16, with and without activation checkpointing. Of speech, which takes long, a step has one
+    micro-batch a rank."""
+    size = [f"batch.micro_batches={ranks}"] if recipe == SPEECH else []
+    return [
+        (ranks, recipe, [f"engine.zero_stage={stage}", f"engine.precision={precision}", *more, *size])
+        for stage in range(4)
+        for precision in ("fp32", "bf16")
+        for more in ([], ["engine.activation_checkpointing=true"])
+    ]
+
+
+def _slow(ranks, recipe, name):
+    marks = [pytest.mark.slow, pytest.mark.timeout(3600)]
+    return pytest.param(_layouts(ranks, recipe), marks=marks, id=name)
+
+
+@pytest.mark.parametrize(
+    "cases",
+    [
+        pytest.param(TWO, id="two"),
+        _slow(1, IMAGE, "images-1-rank"),
+        _slow(2, IMAGE, "images-2-ranks"),
+        _slow(1, SPEECH, "speech-1-rank"),
+        _slow(2, SPEECH, "speech-2-ranks"),
+    ],
+)
 def test_the_plan_is_what_training_takes(cases, image_dataset, speech_dataset, tmp_path):
+    """Two steps: the second has the optimiser's moments in its forward and backward."""
     folders = {IMAGE: image_dataset, SPEECH: speech_dataset}
-    common = ["training.steps=4", "schedule.warmup_steps=1"]
+    common = ["training.steps=2", "schedule.warmup_steps=1"]
     full = [(ranks, recipe, [f"data.path={folders[recipe]}", *common, *more]) for ranks, recipe, more in cases]
     peaks = measured(full, tmp_path)
     wrong = []
@@ -38,9 +60,10 @@ def test_the_plan_is_what_training_takes(cases, image_dataset, speech_dataset, t
         recipe = load_recipe(name, overrides)
         tables = [source.length_table.shape[1] for source in open_data(recipe.data).sources] if name == SPEECH else [0]
         _, by_stage, *_ = plan_memory(recipe, ranks, "cpu", max(tables))
-        planned = by_stage[recipe.engine.zero_stage].total
-        if abs(planned / max(found) - 1) > LIMIT:
-            wrong.append(f"{ranks} ranks, {name} {overrides}: planned {planned:,}, took {found}")
+        share = by_stage[recipe.engine.zero_stage].total / max(found)
+        print(f"{ranks} ranks, {name} {' '.join(overrides[3:])}: {share:.3f} of {max(found):,} bytes planned")
+        if abs(share - 1) > LIMIT:
+            wrong.append(f"{ranks} ranks, {name} {overrides}: planned {share:.3f} of {found}")
     assert not wrong, "\n".join(wrong)
 
 
@@ -48,7 +71,7 @@ def measured(cases, folder):
     """The most bytes of tensors that each rank of each case held at one time."""
     command = [sys.executable, "-m", "tests.training.measured_memory", str(folder), json.dumps(cases)]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300 + 120 * len(cases))
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60 + 180 * len(cases))
     assert done.returncode == 0, done.stderr[-4000:]
     return [json.loads(line)["peaks"] for line in done.stdout.splitlines() if line.startswith("{")]
 
