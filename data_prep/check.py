@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from PIL import Image
 
 SHORTEST_SECONDS = 0.1  # four frames of the speech encoder: less can't be masked
+LOUDEST = 2.0**31  # as loud as integers that were taken for fractions of full scale can be
 SMALLEST_SIDE = 8  # pixels, as the smallest image that a model sees
 KEPT_MODES = {"JPEG": ("RGB", "L"), "PNG": ("RGB", "RGBA", "L", "LA", "P", "1")}  # what any decoder reads alike
 # What Image.open may try: for some others, PostScript among them, it runs programs on the file.
@@ -99,9 +100,18 @@ def _decode_through(file: soundfile.SoundFile) -> None:
     decoded = 0
     while len(block := file.read(out=buffer)):
         decoded += len(block)
-        if not whole and not np.isfinite(block).all():
-            raise Refused("holds values that are not numbers")
+        if not whole:
+            _refuse_values(block)
     _expect(file, decoded)
+
+
+def _refuse_values(block: np.ndarray) -> None:
+    """What a file of floating-point numbers may hold and no sound has."""
+    peak = np.abs(block).max(initial=0.0)
+    if not np.isfinite(peak):
+        raise Refused("holds values that are not numbers")
+    if peak > LOUDEST:
+        raise Refused(f"holds a value of {peak:.3g}, where full scale is 1: encode it anew")
 
 
 def _expect(file: soundfile.SoundFile, decoded: int) -> None:
@@ -122,8 +132,7 @@ def _as_16_khz(file: soundfile.SoundFile) -> Iterator[np.ndarray]:
         block = file.read(_BLOCK, dtype="float32", always_2d=True)  # (samples, channels)
         decoded += len(block)
         last = len(block) == 0
-        if not np.isfinite(block).all():
-            raise Refused("holds values that are not numbers")
+        _refuse_values(block)
         waveform = block[:, 0] if block.shape[1] == 1 else block.mean(axis=1)
         if resampler is not None:
             waveform = resampler.resample_chunk(np.ascontiguousarray(waveform), last=last)

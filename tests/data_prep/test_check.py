@@ -67,6 +67,8 @@ def test_other_sound_becomes_16_khz_mono_flac(options: dict[str, object], length
 def test_bad_sound_is_refused_with_the_reason() -> None:
     nan = io.BytesIO()
     soundfile.write(nan, np.full(16_000, np.nan), 16_000, "FLOAT", format="WAV")
+    loud = io.BytesIO()
+    soundfile.write(loud, np.full(16_000, 1e30), 16_000, "FLOAT", format="WAV")
     whole_wav = sound(form="WAV")
     for content, reason in [
         (b"", "the file is empty"),
@@ -74,6 +76,7 @@ def test_bad_sound_is_refused_with_the_reason() -> None:
         (sound()[:-4000], "not decodable as audio|ends after"),
         (sound(0.05), "lasts 0.050 s, less than 0.1 s"),
         (nan.getvalue(), "not numbers"),
+        (loud.getvalue(), r"a value of 1e\+30, where full scale is 1"),
     ]:
         with pytest.raises(Refused, match=reason):
             check_one(content, SPEECH)
