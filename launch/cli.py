@@ -54,6 +54,11 @@ class Colour(StrEnum):
     grey = "grey"
 
 
+class PictureFormat(StrEnum):
+    png = "png"
+    jpeg = "jpeg"
+
+
 class Backend(StrEnum):
     local = "local"
     ray = "ray"
@@ -169,7 +174,7 @@ def prepare_images(
     jpeg_quality: Annotated[int, typer.Option(min=1, max=100, help="Of images that are encoded anew.")] = 95,
     colour: Annotated[Colour, typer.Option(help="Store every image in this colour mode.")] = Colour.keep,
 ) -> None:
-    """JPEG, PNG, WebP → WebDataset shards; folders are classes."""
+    """JPEG, PNG, WebP, GIF, TIFF → WebDataset shards; folders are classes."""
     _prepare(
         "image",
         source,
@@ -358,6 +363,23 @@ def tokenize(
 
     with ray_session(ray_address):
         summary = tokenize_dataset(run, dataset, out, merge=merge)
+    typer.echo(str(summary))
+
+
+@app.command()
+def decode(
+    run: Annotated[Path, typer.Argument(help="Run folder that made the tokens.")],
+    tokens: Annotated[Path, typer.Argument(help="Folder of image tokens that `tessera tokenize` made.")],
+    out: Annotated[Path, typer.Argument(help="New folder for the images, OUT/SPLIT/KEY.png.")],
+    format: Annotated[PictureFormat, typer.Option("--format", help="Of the images.")] = PictureFormat.png,
+    ray_address: RayAddress = None,
+) -> None:
+    """Image tokens as images again, through Ray."""
+    from pipeline.export import decode as decode_tokens
+    from pipeline.ray_session import ray_session
+
+    with ray_session(ray_address):
+        summary = decode_tokens(run, tokens, out, form=format.value)
     typer.echo(str(summary))
 
 

@@ -1,17 +1,23 @@
-"""From a run to what others use: `export` for weights in a format of theirs, `tokenize` for a data set's codes."""
+"""From a run to what others use: `export` for weights in a format of theirs, `tokenize` for a data set's codes,
+`decode` for the images that codes stand for."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from pipeline.export.decoding import decode
     from pipeline.export.tokens import tokenize
     from pipeline.export.weights import export, load_quantizer
 
-__all__ = ["export", "load_quantizer", "tokenize"]
+__all__ = ["decode", "export", "load_quantizer", "tokenize"]
 
 
 def __getattr__(name: str) -> Any:
+    if name == "decode":
+        from pipeline.export.decoding import decode
+
+        return decode
     if name == "export":
         from pipeline.export.weights import export
 

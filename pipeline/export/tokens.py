@@ -27,6 +27,7 @@ from pipeline.data import ShardedDataset, read_manifest
 from pipeline.data.config import SAMPLE_RATE
 from pipeline.data.manifest import MANIFEST_NAME
 from pipeline.data.storage import as_place, write_whole
+from pipeline.export.shard_tasks import hash_of
 from pipeline.training.checkpoint import MANIFEST
 from pipeline.training.run_folder import Run
 
@@ -117,6 +118,7 @@ def tokenize(run: str | Path, dataset: str | Path, out: str | Path, merge: bool 
         **({"merged": merge} if manifest.kind == "speech" else {}),
         "run": recipe.name,
         "checkpoint": checkpoint.name,
+        "model": hash_of(checkpoint),
         "source": manifest.fingerprint(),
         "splits": splits,
     }
