@@ -15,6 +15,7 @@ from typing import Any
 
 import matplotlib
 import numpy as np
+from matplotlib.collections import LineCollection
 from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
 
@@ -226,6 +227,44 @@ def heat_map(title: str, values: Any, unit: str, colours: str = "cividis", log: 
         axes.set_yticks([])
         axes.spines[:].set_visible(False)
         axes.set_title(title)
+        return svg(figure, title)
+
+
+def projection_chart(title: str, projection: Any) -> str:
+    """Latents as dots in their own colours, codes as circles, neighbours on a grid joined; see
+    :class:`pipeline.evaluation.projection_figures.Projection`. Dots are pixels: so many shapes would make a large page.
+    """
+    latents, codes, used = projection.latents, projection.codes, projection.used
+    with style():
+        figure = Figure(figsize=(9.2, 4.6), dpi=120)
+        axes = figure.subplots()
+        axes.set_rasterization_zorder(2)
+        axes.scatter(
+            latents[:, 0], latents[:, 1], s=9, c=projection.colours, linewidths=0.2, edgecolors="#808080", zorder=1
+        )
+        lines = codes[projection.edges]  # (edges, 2 ends, 2 axes)
+        axes.add_collection(LineCollection(list(lines), colors="#808080", linewidths=0.5, zorder=1.5))
+        size = 26 if len(codes) <= 256 else 9
+        axes.scatter(
+            codes[used, 0], codes[used, 1], s=size, c="#3b7fc4", linewidths=0.6, edgecolors="white", zorder=1.9
+        )
+        axes.scatter(
+            codes[~used, 0],
+            codes[~used, 1],
+            s=size,
+            facecolors="none",
+            linewidths=0.7,
+            edgecolors="#d9772e",
+            zorder=1.8,
+        )
+        # A code far from all latents must not make a dot of them.
+        low, high = latents.min(axis=0), latents.max(axis=0)
+        margin = 0.25 * (high - low)
+        axes.set_xlim(low[0] - margin[0], high[0] + margin[0])
+        axes.set_ylim(low[1] - margin[1], high[1] + margin[1])
+        axes.set_title(title)
+        axes.set_xlabel("first principal direction")
+        axes.set_ylabel("second")
         return svg(figure, title)
 
 

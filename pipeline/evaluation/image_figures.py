@@ -16,6 +16,7 @@ from pipeline.data import SampleReference
 from pipeline.evaluation import page
 from pipeline.evaluation.figures import heat_map
 from pipeline.evaluation.metrics import plain_collation
+from pipeline.evaluation.projection_figures import projection_picture
 from pipeline.evaluation.run_view import RunView, spread
 
 SHOWN = 12
@@ -36,6 +37,7 @@ def image_pictures(runs: Sequence[RunView]) -> list[str]:
     for run in shown:
         if run.recipe.model.kind != "vit_som":  # a code of its map is a whole image
             parts += codebook_pictures(run)
+            parts.append(projection_picture(run))
     return parts
 
 
@@ -59,8 +61,9 @@ def reconstructions(runs: Sequence[RunView]) -> str:
 def codebook_pictures(run: RunView) -> list[str]:
     """Each code decoded as a tile, at its place on the grid or by how often it occurs; for grids the U-matrix too."""
     quantizer = run.model.quantizer
-    if quantizer.groups != 1 or not 1 < quantizer.codes <= DRAWN_CODES:
-        return []
+    why = _not_drawn(quantizer)
+    if why:
+        return [page.heading(f"Codebook of {run.name}", 3), page.paragraph(f"Not drawn code by code: {why}.")]
     counts = torch.tensor(run.metrics["code_counts"][0]) if run.metrics else torch.zeros(quantizer.codes)
     tiles = draw_codes(run.model)
     if not hasattr(quantizer, "grid"):
@@ -94,6 +97,17 @@ def codebook_pictures(run: RunView) -> list[str]:
             ]
         ),
     ]
+
+
+def _not_drawn(quantizer: Any) -> str:
+    """Why the codes of a quantizer can't be looked at one by one; empty where they can."""
+    if not quantizer.codes:
+        return "there is no quantizer, and so there are no codes"
+    if quantizer.groups > 1:
+        return f"a code of one of {quantizer.groups} groups or levels stands for nothing without those of the others"
+    if quantizer.codes > DRAWN_CODES:
+        return f"{quantizer.codes:,} codes are more than the {DRAWN_CODES:,} that a page has room for"
+    return "there is one code" if quantizer.codes == 1 else ""
 
 
 def draw_codes(model: Any, chunk: int = 128) -> Tensor:
