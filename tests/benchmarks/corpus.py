@@ -1,17 +1,18 @@
 """Hours of real speech and hundreds of photographs from Debian packages, for benchmarks and longer trials.
 
-    python -m tests.benchmarks.corpus --out corpus               # speech, images, tiles, digits: 440 MB of downloads
+    python -m tests.benchmarks.corpus --out corpus               # all of it: 470 MB of downloads
     python -m tests.benchmarks.corpus --out corpus --only digits
     python -m tests.benchmarks.corpus --sample tests/data        # the small sample that is bundled with the tests
 
-Out: ``speech/`` in LibriSpeech's layout (16 kHz FLAC), ``images/``, ``tiles/`` and ``digits/`` in ImageNet's (a folder
-a class). Downloads with apt-get as any user, into ``OUT/.packages``. The packages' files stay on this machine: some are
-under the GPL.
+Out: ``speech/`` in LibriSpeech's layout (16 kHz FLAC), ``images/``, ``tiles/``, ``digits/`` and ``fashion/`` in
+ImageNet's (a folder a class). Downloads with apt-get as any user, into ``OUT/.packages``. The packages' files stay on
+this machine: some are under the GPL.
 """
 
 from __future__ import annotations
 
 import argparse
+import gzip
 import io
 import re
 from collections import Counter, defaultdict
@@ -42,6 +43,10 @@ PLASMA_PHOTOGRAPHS = {
     "summer_1am",
 }  # fmt: skip
 TILE = 256
+FASHION = "dataset-fashion-mnist"
+FASHION_CLASSES = [
+    "t-shirt", "trouser", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag", "ankle-boot",
+]  # fmt: skip
 
 
 class SpeechTree:
@@ -200,11 +205,38 @@ def make_digits(cache: Path, out: Path) -> None:
     print("digits: 5000 of 28 × 28 pixels in 10 classes")
 
 
+def make_fashion(cache: Path, out: Path) -> None:
+    """Fashion-MNIST (Xiao et al., arXiv 1708.07747), all of it: ``train/`` of 60,000 and ``test/`` of 10,000 images of
+    28 × 28 pixels in 10 classes."""
+    folder = unpack_packages([FASHION], cache)[FASHION] / "usr/share/datasets/fashion-mnist"
+    for split, prefix in (("train", "train"), ("test", "t10k")):
+        images = read_idx(folder / f"{prefix}-images-idx3-ubyte.gz")  # (number, 28, 28)
+        labels = read_idx(folder / f"{prefix}-labels-idx1-ubyte.gz")
+        for name in FASHION_CLASSES:
+            (out / split / name).mkdir(parents=True, exist_ok=True)
+        for number, (image, label) in enumerate(zip(images, labels, strict=True)):
+            Image.fromarray(image).save(out / split / FASHION_CLASSES[label] / f"{split}-{number:05d}.png")
+        print(f"fashion: {len(images)} images of {images.shape[1]} × {images.shape[2]} pixels, {split}")
+
+
+def read_idx(path: Path) -> np.ndarray:
+    """MNIST's format, gzipped: a header of 4 bytes, the sizes as big-endian numbers of 4 bytes, then unsigned bytes.
+
+    Raises ValueError for a file of another type or size.
+    """
+    content = gzip.decompress(path.read_bytes())
+    if content[:3] != b"\0\0\x08":
+        raise ValueError(f"{path} begins with {content[:4]!r}: MNIST's files of bytes begin with 00 00 08")
+    shape = np.frombuffer(content, ">u4", count=content[3], offset=4)
+    return np.frombuffer(content, np.uint8, offset=4 + 4 * content[3]).reshape(shape)
+
+
 PARTS: dict[str, Callable[[Path, Path], None]] = {
     "speech": make_speech,
     "images": make_images,
     "tiles": make_tiles,
     "digits": make_digits,
+    "fashion": make_fashion,
 }
 
 

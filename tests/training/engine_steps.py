@@ -27,10 +27,11 @@ SPEECH_QUANTIZERS: dict[str, dict[str, Any]] = {
 
 
 def build(kind: str, **changes: Any) -> nn.Module:
-    """A model of ``kind``, "image", "sqvae" or one of :data:`SPEECH_QUANTIZERS`, with weights from a seed; its codebook
-    is learned by gradient."""
+    """A model of ``kind``, "image", "sqvae", "vit_som" or one of :data:`SPEECH_QUANTIZERS`, with weights from a seed;
+    its codebook is learned by gradient."""
     from pipeline.models import build_model
-    from pipeline.models.config import AutoencoderConfig, SQVAEConfig
+    from pipeline.models.config import AutoencoderConfig, SQVAEConfig, ViTSOMConfig
+    from pipeline.quantizers.som import SOMConfig
     from pipeline.quantizers.ste import STEConfig
 
     if kind in SPEECH_QUANTIZERS:
@@ -38,6 +39,11 @@ def build(kind: str, **changes: Any) -> nn.Module:
     torch.manual_seed(0)
     if kind == "sqvae":
         return build_model(SQVAEConfig(latent_dim=8, residual_layers=1), STEConfig(codes=16)).train()
+    if kind == "vit_som":
+        sizes = {"image_size": 16, "patch": 4, "width": 8, "depth": 2, **changes}
+        model = build_model(ViTSOMConfig(**sizes), SOMConfig(codes=6, steps=10, weight=0.5)).train()
+        model.quantizer.updates.fill_(5)  # the map's loss has its full weight
+        return model
     sizes = {"channels": 8, "residual_channels": 6, "latent_dim": 8, "downsampling": 1, **changes}
     return build_model(AutoencoderConfig(**sizes), STEConfig(codes=16)).train()
 

@@ -20,7 +20,7 @@ from pipeline.evaluation.history import History, read_history
 from pipeline.evaluation.metrics import read_metrics
 from pipeline.training import train
 from pipeline.training.run_folder import Run
-from recipes.schema import load_recipe
+from recipes.schema import Recipe, load_recipe
 from tests.benchmarks.behaviour.tables import markdown
 
 SPLIT = "train=0.9,validation=0.1"
@@ -47,6 +47,10 @@ Figure = Callable[[Sequence[Outcome]], str]
 """A cell: from the outcomes of a row's seeds."""
 
 
+Beside = Callable[[Recipe, Path, Path, int], Iterable[tuple[Row, list[Outcome]]]]
+"""From the recipe as shortened, the data, the folder for results and the number of seeds."""
+
+
 @dataclass(frozen=True)
 class Claim:
     """A table. ``quick`` makes the recipe small enough for a CPU; ``about`` says what the paper claims and how this
@@ -62,6 +66,8 @@ class Claim:
     quick: tuple[str, ...] = ()
     seeds: int = 1
     split: str = SPLIT
+    beside: Beside | None = None
+    """Further rows, that are no runs of the recipe."""
 
 
 def prepare(part: str, split: str, out: Path, corpus: Path | None) -> Path:
@@ -91,6 +97,9 @@ def outcomes(
             overrides = [f"data.path={data}", *budget, *row.overrides, f"seed={seed}", *changes]
             run = out / f"{row.name} {seed}".replace(" ", "_").replace("/", "_")
             found[-1][1].append(outcome(claim.recipe, overrides, run))
+    if claim.beside is not None:
+        recipe = load_recipe(claim.recipe, [f"data.path={data}", *budget, *changes])
+        found += claim.beside(recipe, data, out, seeds or claim.seeds)
     return found
 
 
