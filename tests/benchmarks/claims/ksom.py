@@ -25,7 +25,7 @@ CLAIM = Claim(
         "on the grid. Steps to +10 % and +20 %: until the training error comes that near to the run's own best; the "
         "paper takes the validation error."
     ),
-    recipe="image/autoencoder_tiny_ksom",
+    recipe="image/vqvae_cifar10",
     data="tiles",
     rows=[
         _row(name, neighbourhood, count_init, update_empty)

@@ -12,10 +12,11 @@ CLAIM = Claim(
     title="KNN simplex: codes used, and no gap between training and inference",
     about=(
         "The paper's tables were not to be had. Its claim: nearly all codes are used, and the decoder sees at "
-        "inference what it saw in training, which smoothed quantizers without the regulariser do not manage. Error in "
-        "training: of the decoder on what it was trained with, mixtures where there are some; at inference: on single codes."
+        "inference what it saw in training, which smoothed quantizers without the regulariser do not manage. "
+        "Error in training: of what the decoder was trained with, mixtures where there are some; at inference: of "
+        "single codes."
     ),
-    recipe="image/autoencoder_tiny_ksom",
+    recipe="image/vqvae_cifar10",
     data="tiles",
     rows=[
         Row("straight-through", ("quantizer.kind=ste",)),
