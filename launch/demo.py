@@ -267,7 +267,7 @@ def _train(demo: Demo, recipe_name: str, data: Path, run: Path, failures: int) -
         f"  {recipe.name}: {RANKS} Ray workers, DeepSpeed ZeRO-{recipe.engine.zero_stage}, "
         f"quantizer {recipe.quantizer.kind}, {recipe.training.steps} steps of {recipe.batch.micro_batches} batches"
     )
-    with StopFile(run) as stop, Follow(run, recipe.training.steps, recipe.name, demo.console, warnings=True):
+    with StopFile(run) as stop, Follow(run, recipe, demo.console, warnings=True):
         train_on_ray(recipe_file, run, RANKS, stop, failures=failures)
     return recipe
 

@@ -1,6 +1,6 @@
 """Shows a run while other processes train it, by reading its log.jsonl.
 
-In: a run folder and the number of steps. Out: a rich progress bar on a terminal, a line now and then elsewhere. Imports
+In: a run folder and its recipe. Out: a rich progress bar on a terminal, a line now and then elsewhere. Imports
 no torch.
 """
 
@@ -11,10 +11,13 @@ import threading
 import time
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+if TYPE_CHECKING:
+    from recipes.schema import Recipe
 
 SECONDS_BETWEEN_LINES = 10.0
 
@@ -86,12 +89,17 @@ class Follow:
     """Context manager: while it is open, a thread shows the run's progress; with ``warnings`` also the run's warnings,
     for ranks whose own output is not seen here."""
 
-    def __init__(
-        self, run: Path, steps: int, title: str, console: Console | None = None, *, warnings: bool = False
-    ) -> None:
+    def __init__(self, run: Path, recipe: Recipe, console: Console | None = None, *, warnings: bool = False) -> None:
+        from pipeline.training.run_folder import Run
+
         self._console = console or Console()
-        self._reader = LogReader(run / "log.jsonl")
-        self._steps, self._title, self._warnings = steps, title, warnings
+        phases = Run(run).phases(recipe)
+        self._logs = []  # of each phase: its log, its steps, its title
+        for number, (folder, phase) in enumerate(phases, start=1):
+            title = f"{recipe.name}, phase {number} of {len(phases)}" if len(phases) > 1 else recipe.name
+            self._logs.append((LogReader(folder.log_file), phase.training.steps, title))
+        self._warnings = warnings
+        self._attempts: dict[str, int] = {}  # by title, that of the newest line
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._loop, name="tessera-follow", daemon=True)
         self._progress = Progress(
@@ -107,7 +115,7 @@ class Follow:
 
     def __enter__(self) -> Follow:
         self._progress.start()
-        self._task = self._progress.add_task(self._title, total=self._steps, state="starting the ranks …")
+        self._task = self._progress.add_task(self._logs[0][2], total=self._logs[0][1], state="starting the ranks …")
         self._thread.start()
         return self
 
@@ -119,27 +127,30 @@ class Follow:
         self._progress.stop()
 
     def _loop(self) -> None:
-        said = 0.0
-        attempt = None
+        self._said = 0.0
         while True:
             last_round = self._stop.is_set()
-            for line in self._reader.new_lines():
-                if attempt is not None and line["attempt"] != attempt:
-                    self._console.print(f"  {self._title}: resumed, first line at step {line['step']}")
-                attempt = line["attempt"]
-                for warning in line.get("warnings", []) if self._warnings else []:
-                    self._console.print(
-                        f"  {self._title}: warning at step {line['step']}: {warning}", soft_wrap=True, highlight=False
-                    )
-                learning, speed = describe_line(line), describe_speed(line)
-                self._progress.update(self._task, completed=line["step"], state=f"{learning}\n{speed}")
-                done = line["step"] >= self._steps
-                if not self._console.is_terminal and (done or time.monotonic() - said >= SECONDS_BETWEEN_LINES):
-                    state = "  ".join(filter(None, [learning, speed]))
-                    self._console.print(
-                        f"  {self._title}: step {line['step']}/{self._steps}  {state}", soft_wrap=True, highlight=False
-                    )
-                    said = time.monotonic()
+            for reader, steps, title in self._logs:
+                for line in reader.new_lines():
+                    self._show(line, steps, title)
             if last_round:
                 return
             self._stop.wait(0.3)
+
+    def _show(self, line: dict[str, Any], steps: int, title: str) -> None:
+        if self._attempts.setdefault(title, line["attempt"]) != line["attempt"]:
+            self._console.print(f"  {title}: resumed, first line at step {line['step']}")
+        self._attempts[title] = line["attempt"]
+        for warning in line.get("warnings", []) if self._warnings else []:
+            self._console.print(
+                f"  {title}: warning at step {line['step']}: {warning}", soft_wrap=True, highlight=False
+            )
+        learning, speed = describe_line(line), describe_speed(line)
+        self._progress.update(
+            self._task, description=title, total=steps, completed=line["step"], state=f"{learning}\n{speed}"
+        )
+        done = line["step"] >= steps
+        if not self._console.is_terminal and (done or time.monotonic() - self._said >= SECONDS_BETWEEN_LINES):
+            state = "  ".join(filter(None, [learning, speed]))
+            self._console.print(f"  {title}: step {line['step']}/{steps}  {state}", soft_wrap=True, highlight=False)
+            self._said = time.monotonic()

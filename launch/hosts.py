@@ -35,7 +35,7 @@ def train_on_hosts(command: Sequence[str], run: Path, recipe: Recipe) -> int:
             )
     run.mkdir(parents=True, exist_ok=True)
     options = f"{os.environ.get('PDSH_SSH_ARGS_APPEND', '')} {SSH_OPTIONS}".strip()
-    with StopFile(run) as stop, Follow(run, recipe.training.steps, recipe.name):
+    with StopFile(run) as stop, Follow(run, recipe):
         # A session of its own: Ctrl-C is for us, and pdsh would take it for itself.
         runner = subprocess.Popen(command, env=os.environ | {"PDSH_SSH_ARGS_APPEND": options}, start_new_session=True)
         code, ended = None, False

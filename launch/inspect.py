@@ -78,6 +78,10 @@ def _run(path: Path) -> dict[str, Any]:
         "starts": log[-1]["attempt"] if log else 0,
         "checkpoints": ", ".join(checkpoint.name for checkpoint in run.list_checkpoints()) or "none",
     }
+    for number, (folder, phase) in enumerate(run.phases(recipe)[:-1], start=1):
+        lines = folder.log()
+        done = f"{lines[-1]['step'] if lines else 0} of {phase.training.steps} steps"
+        facts[f"phase {number}"] = f"{phase.quantizer.kind}, {done}, in {folder.path}"
     if log:
         facts |= {key: f"{value:.5g}" for key, value in log[-1].items() if isinstance(value, float)}
     return facts

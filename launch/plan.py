@@ -1,7 +1,8 @@
 """`tessera plan`: what a run would need, without training anything.
 
-In: a recipe, overrides, a number of ranks, and the rate of a run like it. Out: a printed table. Builds the model
-on the CPU, runs it without computing it, and reads the data set's manifest and index if the recipe names one.
+In: a recipe, overrides, a number of ranks, and the rate of a run like it. Out: a printed table for each phase.
+Builds the model on the CPU, runs it without computing it, and reads the data set's manifest and index if the recipe
+names one.
 """
 
 from __future__ import annotations
@@ -47,16 +48,26 @@ def print_plan(
     console = console or Console()
     recipe = load_recipe(recipe_name, overrides)
     recipe.check_ranks(ranks)
-    table = Table(
-        title=f"{recipe.name} on {ranks} rank{'s' if ranks > 1 else ''}", show_header=False, title_justify="left"
-    )
+    if recipe.data.sources:
+        recipe.check_data()
+    for number, phase in enumerate(recipe.in_turn, start=1):
+        of_all = f", phase {number} of {len(recipe.phases)}," if recipe.phases else ""
+        title = f"{recipe.name}{of_all} on {ranks} rank{'s' if ranks > 1 else ''}"
+        _print_phase(phase, title, ranks, rate, device, console)
+    command = ["tessera", "train", recipe_name, *overrides, "--run", "RUN", "--ranks", str(ranks)]
+    console.print(f"to run it: {shlex.join(command)}", soft_wrap=True)
+
+
+def _print_phase(
+    recipe: Recipe, title: str, ranks: int, rate: float | None, device: Literal["cpu", "gpu"], console: Console
+) -> None:
+    table = Table(title=title, show_header=False, title_justify="left")
     table.add_column(style="bold")
     table.add_column()
     dataset = None
     if recipe.data.sources:
         from pipeline.data import open_data
 
-        recipe.check_data()
         dataset = open_data(recipe.data)
     hint = _add_model(table, recipe, dataset, ranks, device)
     work = _work_without_data(recipe)
@@ -69,8 +80,6 @@ def print_plan(
     console.print(table)
     if hint:
         console.print(hint, soft_wrap=True)
-    command = ["tessera", "train", recipe_name, *overrides, "--run", "RUN", "--ranks", str(ranks)]
-    console.print(f"to run it: {shlex.join(command)}", soft_wrap=True)
 
 
 def plan_memory(

@@ -31,7 +31,7 @@ def start_locally(
 
     ranks = ranks or _default_ranks()
     recipe = check_run(recipe_name, overrides, run, ranks)
-    with Follow(run, recipe.training.steps, recipe.name):
+    with Follow(run, recipe):
         code = local.train_locally(recipe_name, overrides, run, ranks, recipe.training.steps, profile=profile)
     if code == RESUME_ME:
         print(f"stopped before its end; the same command goes on from {run}")
@@ -151,7 +151,7 @@ def _start_on_ray(launch: Launch, recipe: Recipe) -> int:
     run.mkdir(parents=True, exist_ok=True)
     recipe_file = run / "launched.yaml"
     recipe_file.write_text(recipe.to_yaml())
-    follow = Follow(run, recipe.training.steps, recipe.name, warnings=True)
+    follow = Follow(run, recipe, warnings=True)
     gpu = None if launch.gpus else False
     # The first to open and the last to close: no signal meets another handler while Ray starts or ends.
     with StopFile(run) as stop, ray_session(launch.ray_address), follow:

@@ -13,21 +13,21 @@ from pathlib import Path
 from typing import Any, get_args
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from pipeline.data.config import LENGTH_BIN, SAMPLE_RATE, BatchConfig, DataConfig, MixedData
 from pipeline.data.masking import MINIMUM_FRAMES, samples_for
 from pipeline.models.config import ModelConfig, Wav2Vec2Config
 from pipeline.quantizers import Quantizer, QuantizerConfig
 from pipeline.quantizers.registry import KINDS
-from pipeline.quantizers.residual import LEVEL_KINDS, LevelConfig
+from pipeline.quantizers.residual import LEVEL_KINDS
 from pipeline.training.config import CodebookConfig, EngineConfig, OptimizerConfig, ScheduleConfig, TrainingConfig
+from recipes.overrides import RecipeError, assign, flatten, kinds_of, parse_override
+from recipes.phases import check_overrides, differences, joined, override_phase, take_phases
+
+__all__ = ["Recipe", "RecipeError", "changed_keys", "find_recipe", "load_recipe", "parse_override", "parse_recipe"]
 
 RECIPE_FOLDER = Path(__file__).parent
-
-
-class RecipeError(ValueError):
-    """A recipe that can't be run; the message names the key, the value and what would be accepted."""
 
 
 class Recipe(BaseModel):
@@ -47,6 +47,15 @@ class Recipe(BaseModel):
     engine: EngineConfig = Field(default_factory=EngineConfig)
     codebooks: CodebookConfig = Field(default_factory=CodebookConfig)
     training: TrainingConfig
+    phases: tuple[Recipe, ...] = Field(
+        (), exclude=True, description="what is trained in turn, each a list of what it changes of the rest"
+    )
+    """Each in full; the last one's values are the recipe's own. Empty for a run of one phase."""
+
+    @property
+    def in_turn(self) -> tuple[Recipe, ...]:
+        """What is trained: the phases, or the recipe itself."""
+        return self.phases or (self,)
 
     @property
     def data_kind(self) -> str:
@@ -129,6 +138,8 @@ class Recipe(BaseModel):
 
     def check_ranks(self, ranks: int) -> None:
         """Raise :class:`RecipeError` unless ``ranks`` divides the step's micro-batches (design rule 1)."""
+        for phase in self.phases:
+            phase.check_ranks(ranks)
         micro_batches = self.batch.micro_batches
         if ranks < 1:
             raise RecipeError(f"{ranks} ranks can't train: use 1 or more")
@@ -147,6 +158,8 @@ class Recipe(BaseModel):
         """
         from pipeline.data.manifest import ManifestError, read_manifest
 
+        for phase in self.phases[:-1]:
+            phase.check_data()
         noun = "images" if self.data_kind == "image" else "speech"
         for place, source in enumerate(self.data_sources):
             key = f"data.mix.{place}" if self.data.mix else "data"
@@ -166,8 +179,12 @@ class Recipe(BaseModel):
                 )
 
     def to_yaml(self) -> str:
-        """The recipe as YAML, each value in full; :func:`load_recipe` reads it back to an equal recipe."""
-        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+        """The recipe as YAML, each value in full, of phases the sections that differ; :func:`load_recipe` reads it back
+        to an equal recipe."""
+        values = self.model_dump(mode="json")
+        if self.phases:
+            values["phases"] = [differences(values, phase.model_dump(mode="json")) for phase in self.phases]
+        return yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
 
 
 def load_recipe(path: str | Path, overrides: Iterable[str] | Mapping[str, Any] = ()) -> Recipe:
@@ -177,7 +194,7 @@ def load_recipe(path: str | Path, overrides: Iterable[str] | Mapping[str, Any] =
     dotted: ``["quantizer.kind=ksom", "quantizer.grid=[32,16]"]`` or the same as a mapping. Changing ``quantizer.kind``
     or ``model.kind`` drops the options of the old kind that the new one does not have or takes no such value of, and
     ``dim``. ``quantizer.kind`` is set first, and with it what the file's section ``variants`` has for that kind, a
-    mapping of dotted keys.
+    mapping of dotted keys. ``phases.N.KEY`` is what phase N, counted from 0, changes of the rest.
 
     Raises :class:`RecipeError` for a missing file, bad YAML, an unknown key or an impossible value, all of them at
     once.
@@ -191,13 +208,18 @@ def load_recipe(path: str | Path, overrides: Iterable[str] | Mapping[str, Any] =
         raise RecipeError(f"{file} holds a {type(values).__name__}: a recipe is a mapping of keys to values")
     variants = _take_variants(values, file)
     assignments = list(overrides.items() if isinstance(overrides, Mapping) else map(parse_override, overrides))
+    values |= {key: value for key, value in assignments if key == "phases"}
+    phases = take_phases(values, str(file))
     kinds = [value for key, value in assignments if key == "quantizer.kind"]
     for kind in kinds[-1:]:
         assignments = [("quantizer.kind", kind), *variants.get(str(kind), {}).items(), *assignments]
     for key, value in assignments:
-        if key != "quantizer.kind" or value == kinds[-1]:
-            _assign(values, key, value)
-    return parse_recipe(values, source=str(path))
+        if key.startswith("phases."):
+            override_phase(phases, key, value)
+        elif key != "phases" and (key != "quantizer.kind" or value == kinds[-1]):
+            assign(values, key, value)
+    check_overrides(phases, (key for key, _ in assignments))
+    return parse_recipe(values | {"phases": phases}, source=str(path))
 
 
 def _take_variants(values: dict[str, Any], file: Path) -> dict[str, dict[str, Any]]:
@@ -214,6 +236,24 @@ def _take_variants(values: dict[str, Any], file: Path) -> dict[str, dict[str, An
 
 def parse_recipe(values: Mapping[str, Any], source: str = "recipe") -> Recipe:
     """Validate a mapping; raises :class:`RecipeError` with one line for each thing that is wrong."""
+    values = dict(values)
+    phases = take_phases(values, source)
+    if len(phases) < 2:
+        return _validated(joined(values, phases[0]) if phases else values, source)
+    recipes = [
+        _validated(joined(values, phase), f"{source}, phase {number} of {len(phases)}")
+        for number, phase in enumerate(phases, start=1)
+    ]
+    for number, recipe in enumerate(recipes):
+        if recipe.model.kind != recipes[-1].model.kind:
+            raise RecipeError(
+                f"{source}: phases.{number}.model.kind={recipe.model.kind} can't hand its weights on to "
+                f"model.kind={recipes[-1].model.kind}: use one kind of model in all phases"
+            )
+    return recipes[-1].model_copy(update={"phases": tuple(recipes)})
+
+
+def _validated(values: Mapping[str, Any], source: str) -> Recipe:
     try:
         return Recipe.model_validate(values)
     except ValidationError as error:
@@ -241,20 +281,12 @@ def find_recipe(path: str | Path) -> Path:
     )
 
 
-def parse_override(text: str) -> tuple[str, Any]:
-    """``"quantizer.grid=[8,8]"`` → ``("quantizer.grid", [8, 8])``; the value is YAML."""
-    key, equals, value = text.partition("=")
-    if not equals or not key.strip():
-        raise RecipeError(f"override {text!r} is not key=value: write for example batch.micro_batches=8")
-    try:
-        return key.strip(), yaml.safe_load(value)
-    except yaml.YAMLError as error:
-        raise RecipeError(f"override {text!r}: the value is not YAML ({error})") from error
-
-
 def changed_keys(old: Recipe, new: Recipe) -> dict[str, tuple[Any, Any]]:
-    """Dotted keys whose values differ, with the old and the new value."""
-    before, after = _flatten(old.model_dump(mode="json")), _flatten(new.model_dump(mode="json"))
+    """Dotted keys whose values differ, with the old and the new value; ``phases.N.KEY`` of phases but the last, or
+    ``phases`` where they are more or fewer."""
+    before, after = _all_values(old), _all_values(new)
+    if len(old.phases) != len(new.phases):
+        before, after = ({"phases": len(each.phases)} | flatten(each.model_dump(mode="json")) for each in (old, new))
     return {
         key: (before.get(key), after.get(key))
         for key in sorted(before.keys() | after.keys())
@@ -262,50 +294,11 @@ def changed_keys(old: Recipe, new: Recipe) -> dict[str, tuple[Any, Any]]:
     }
 
 
-def _flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in values.items():
-        if isinstance(value, Mapping):
-            flat |= _flatten(value, f"{prefix}{key}.")
-        else:
-            flat[prefix + key] = value
-    return flat
-
-
-def _assign(values: dict[str, Any], key: str, value: Any) -> None:
-    *parents, last = key.split(".")
-    section = values
-    for parent in parents:
-        below = section.setdefault(parent, {})
-        if not isinstance(below, dict):
-            raise RecipeError(f"override {key}={value}: {parent} holds {below!r}, which has no keys below it")
-        section = below
-    if last == "kind" and section.get("kind") not in (None, value):
-        config = _kinds(".".join(parents)).get(value)
-        for name in [name for name in section if config is not None and not _carries_over(config, name, section[name])]:
-            del section[name]
-    section[last] = value
-
-
-def _kinds(section: str) -> dict[str, type[BaseModel]]:
-    """The configurations that ``section`` ("model", "quantizer" or "quantizer.level") can hold, by kind."""
-    union = {"model": ModelConfig, "quantizer": QuantizerConfig, "quantizer.level": LevelConfig}.get(section)
-    if union is None:
-        return {}
-    members = get_args(get_args(union)[0])
-    return {get_args(member.model_fields["kind"].annotation)[0]: member for member in members}
-
-
-def _carries_over(config: type[BaseModel], name: str, value: Any) -> bool:
-    """Whether another kind's option means something in ``config`` too; the size of vectors is each kind's own."""
-    field = config.model_fields.get(name)
-    if field is None or name == "dim":
-        return False
-    try:
-        TypeAdapter[Any](field.annotation or Any).validate_python(value)
-    except ValidationError:  # a temperature that falls is three numbers
-        return False
-    return True
+def _all_values(recipe: Recipe) -> dict[str, Any]:
+    values = flatten(recipe.model_dump(mode="json"))
+    for number, phase in enumerate(recipe.phases[:-1]):
+        values |= flatten(phase.model_dump(mode="json"), f"phases.{number}.")
+    return values
 
 
 def _explain(problem: Mapping[str, Any], values: Mapping[str, Any]) -> str:
@@ -313,7 +306,7 @@ def _explain(problem: Mapping[str, Any], values: Mapping[str, Any]) -> str:
     location: list[str] = []
     for part in map(str, problem["loc"]):
         # pydantic puts the chosen kind of a union into the location; the user never wrote it there.
-        if part not in _kinds(".".join(location)):
+        if part not in kinds_of(".".join(location)):
             location.append(part)
     key = ".".join(location)
     kind, context = problem["type"], problem.get("ctx", {})
@@ -325,9 +318,9 @@ def _explain(problem: Mapping[str, Any], values: Mapping[str, Any]) -> str:
     if kind == "missing":
         return f"{key} is missing: {_description(location, values) or 'a value is needed'}"
     if kind == "union_tag_invalid":
-        return f"{key}.kind={context.get('tag')!r}: unknown kind; use {_any_of(list(_kinds(key)))}"
+        return f"{key}.kind={context.get('tag')!r}: unknown kind; use {_any_of(list(kinds_of(key)))}"
     if kind == "union_tag_not_found":
-        return f"{key}.kind is missing: use {_any_of(list(_kinds(key)))}"
+        return f"{key}.kind is missing: use {_any_of(list(kinds_of(key)))}"
     if kind == "value_error":
         message = str(context.get("error", problem["msg"]))
         return f"{key}: {message}" if key else message
@@ -343,7 +336,7 @@ def _section(location: list[str], values: Mapping[str, Any]) -> type[BaseModel] 
             here = {}
             continue
         here = here.get(part, {}) if isinstance(here, Mapping) else {}
-        kinds = _kinds(".".join(location[:depth]))
+        kinds = kinds_of(".".join(location[:depth]))
         if kinds:
             default = next(iter(kinds))  # where a kind may be left out, it is the first one
             config = kinds.get(str(here.get("kind", default)) if isinstance(here, Mapping) else "")

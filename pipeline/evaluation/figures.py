@@ -61,6 +61,7 @@ class Series:
     name: str
     history: History
     colour: str
+    line: str = "-"
 
 
 def style() -> Any:
@@ -97,7 +98,8 @@ def line_chart(
         for run in series:
             steps, values = run.history.curve(key)
             marker = "o" if len(steps) == 1 else None
-            axes.plot(steps, values, color=run.colour, label=run.name if len(series) > 1 else None, marker=marker)
+            label = run.name if len(series) > 1 else None
+            axes.plot(steps, values, run.line, color=run.colour, label=label, marker=marker)
             axes.plot(*run.history.repeated_points(key), "o", mfc="none", color=run.colour, markersize=6, mew=1)
             for step in run.history.resumed:
                 axes.axvline(step, color=run.colour, linestyle=(0, (2, 2)), linewidth=1)

@@ -90,6 +90,9 @@ def run_card(view: RunView) -> str:
         ("engine", f"DeepSpeed ZeRO {recipe.engine.zero_stage}, {recipe.engine.precision}"),
         ("steps", f"{done:,} of {recipe.training.steps:,} in {duration(history.seconds)}"),
     ]
+    for number, (phase, before) in enumerate(zip(recipe.phases, view.before, strict=False), start=1):
+        steps = f"{before.lines[-1]['step'] if before.lines else 0:,} of {phase.training.steps:,} steps"
+        facts.append((f"phase {number}", f"{phase.quantizer.kind}, {steps} in {duration(before.seconds)}"))
     if history.resumed:
         facts.append(("restarts", restarts(view)))
     if "ranks" in view.environment:
@@ -163,7 +166,7 @@ def downstream_rows_of(view: RunView) -> str:
 
 def curve_figures(views: Sequence[RunView], kind: str) -> tuple[list[str], list[str]]:
     """The curves that matter, and the rest."""
-    logged = list(dict.fromkeys(name for view in views for name in view.history.names))
+    logged = list(dict.fromkeys(name for view in views for run in view.series for name in run.history.names))
     # Where the loss has one part, its sum says nothing new.
     if sum(name.startswith("loss_") for name in logged) == 1:
         logged.remove("loss")
@@ -179,7 +182,8 @@ def curve_figures(views: Sequence[RunView], kind: str) -> tuple[list[str], list[
 def curve(name: str, views: Sequence[RunView], level: tuple[float, str] | None = None) -> str:
     """One chart with the runs that logged ``name``."""
     title = CURVES.get(name) or name.replace("_", " ").replace("/", ", ").capitalize()
-    return line_chart(title, name, [view.series for view in views if name in view.history.names], level)
+    series = [series for view in views for series in view.series if name in series.history.names]
+    return line_chart(title, name, series, level)
 
 
 def chance_level(views: Sequence[RunView]) -> tuple[float, str] | None:

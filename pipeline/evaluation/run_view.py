@@ -36,10 +36,17 @@ class RunView:
     model: Any
     dataset: Any
     missing: str
+    before: tuple[History, ...] = ()
+    """What the phases before the last one logged; ``history`` is the last one's."""
 
     @property
-    def series(self) -> Series:
-        return Series(self.name, self.history, self.colour)
+    def series(self) -> list[Series]:
+        """Its curve, and before it those of its earlier phases, whose steps are counted from 0 too."""
+        phases = [
+            Series(f"{self.name}, phase {number}", history, self.colour, ":")
+            for number, history in enumerate(self.before, start=1)
+        ]
+        return [*phases, Series(self.name, self.history, self.colour)]
 
 
 def open_runs(paths: Sequence[str | Path]) -> list[RunView]:
@@ -75,7 +82,8 @@ def open_runs(paths: Sequence[str | Path]) -> list[RunView]:
             environment = {}
         colour = PALETTE[place % len(PALETTE)]
         history = read_history(run.log())
-        views.append(RunView(name, colour, recipe, history, environment, metrics, model, dataset, missing))
+        before = tuple(read_history(phase.log()) for phase, _ in run.phases(recipe)[:-1])
+        views.append(RunView(name, colour, recipe, history, environment, metrics, model, dataset, missing, before))
     return views
 
 

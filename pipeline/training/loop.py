@@ -1,10 +1,12 @@
 """The training loop: one optimiser step from top to bottom, in the order in which things happen.
 
-In: a recipe and a run folder, on the ranks that exist. Out: the run folder filled. Starts where the folder left off.
+In: a recipe and a run folder, on the ranks that exist. Out: the run folder filled, phase after phase. Starts where the
+folder left off.
 """
 
 from __future__ import annotations
 
+import gc
 import logging
 import os
 from pathlib import Path
@@ -20,8 +22,8 @@ from pipeline.models import build_collation, build_model
 from pipeline.models.batch_norm import NormSync
 from pipeline.models.initialise import initialise
 from pipeline.training.alarms import Alarms
-from pipeline.training.checkpoint import CheckpointError, find_latest, load_checkpoint, read_manifest
-from pipeline.training.checkpoint_writer import CheckpointWriter, Retention, discard_unfinished
+from pipeline.training.checkpoint import CheckpointError, load_checkpoint, read_manifest
+from pipeline.training.checkpoint_writer import CheckpointWriter, Retention
 from pipeline.training.engine import build_engine, join_process_group
 from pipeline.training.environment import write_environment
 from pipeline.training.guard import SkipGuard
@@ -29,6 +31,7 @@ from pipeline.training.log import RunLog, StepMeter, check_wandb
 from pipeline.training.loss_scale import LossScale
 from pipeline.training.optimizer import build_optimizer
 from pipeline.training.peer_loss import explained
+from pipeline.training.phases import Phase, remaining_phases, take_over
 from pipeline.training.profile import step_profiler
 from pipeline.training.run_folder import Run
 from pipeline.training.run_lock import PATIENCE, RunLock
@@ -62,11 +65,24 @@ def train(recipe: Recipe, run_dir: str | Path, *, profile: bool = False) -> Run:
     recipe.check_ranks(collectives.world_size())
     recipe.check_data()
     check_wandb(recipe.training.wandb)
-    _make_repeatable(recipe)
     # Ranks of a start before that can't reach theirs hold it for so long.
     lock = RunLock(run.path, PATIENCE + recipe.training.collective_timeout)
-    claim_run_folder(run, recipe)
+    try:
+        claim_run_folder(run, recipe)
+        for phase in remaining_phases(run, recipe):
+            if phase.folder is not run:
+                claim_run_folder(phase.folder, phase.recipe)
+            _train_phase(phase, run, device, lock, profile)
+            gc.collect()  # engines refer to themselves, and the next phase wants their memory
+    finally:
+        lock.close()
+    return run
 
+
+def _train_phase(phase: Phase, run: Run, device: torch.device, lock: RunLock, profile: bool) -> None:
+    """Train a phase of ``run`` to its end. What it takes of memory goes with it."""
+    recipe, folder, checkpoint = phase.recipe, phase.folder, phase.checkpoint
+    _make_repeatable(recipe)
     dataset = open_data(recipe.data)
     plan = SamplingPlan(dataset, recipe.batch, recipe.data, recipe.seed)
     model = build_model(recipe.model, recipe.quantizer).to(device)
@@ -74,7 +90,6 @@ def train(recipe: Recipe, run_dir: str | Path, *, profile: bool = False) -> Run:
     sync = CodebookSync(model, optimizer=optimizer, watch_every=recipe.training.log_every)
     norms = NormSync(model)
     accumulation = recipe.batch.micro_batches // collectives.world_size()
-    checkpoint = _latest_on_all_ranks(run)
     if checkpoint is not None:
         _check_data_state(checkpoint, plan)
     collation = build_collation(recipe)
@@ -92,7 +107,7 @@ def train(recipe: Recipe, run_dir: str | Path, *, profile: bool = False) -> Run:
         )
 
     if checkpoint is None:
-        _warn(initialise(model, recipe))
+        _warn(initialise(model, recipe) if phase.before is None else take_over(model, phase))
     if checkpoint is None and recipe.codebooks.initialise == "kmeans":
         first_steps = load(0, recipe.codebooks.initialise_steps)
         batches = (batch.to(device) for step in first_steps for batch in step)
@@ -109,12 +124,12 @@ def train(recipe: Recipe, run_dir: str | Path, *, profile: bool = False) -> Run:
         loss_scale.load(manifest.loss_scale)
     sync.check_ranks_agree()
 
-    log = RunLog(run, recipe)
+    log = RunLog(folder, recipe)
     write_environment(run.environment_file)
     meter, throughput = StepMeter(), Throughput(device, recipe.engine.precision)
     alarms, guard = Alarms(_negatives(recipe)), SkipGuard(recipe.training.max_skipped)
     retention = Retention(recipe.training.keep_checkpoints, recipe.training.keep_every, recipe.training.keep_best)
-    writer = CheckpointWriter(run.checkpoints, retention, [run.recipe_file, run.environment_file], lock)
+    writer = CheckpointWriter(folder.checkpoints, retention, [folder.recipe_file, run.environment_file], lock)
     retry_at, loss = 0, None
     loader = load(start)
 
@@ -133,7 +148,7 @@ def train(recipe: Recipe, run_dir: str | Path, *, profile: bool = False) -> Run:
         with (
             StopRequest(run.path if collectives.rank() == 0 else None) as stop,
             CollectiveClock(device) as exchange,
-            step_profiler(run.path / "profile" if profile else None) as end_of_step,
+            step_profiler(folder.path / "profile" if profile else None) as end_of_step,
         ):
             sum_over_ranks = exchange.timed(_sum_over_ranks)  # where the others wait for a rank that comes late
             for step in range(start, recipe.training.steps):
@@ -182,8 +197,7 @@ def train(recipe: Recipe, run_dir: str | Path, *, profile: bool = False) -> Run:
         loader.close()
         log.close()
         writer.close()
-        lock.close()
-    return run
+    engine.destroy()
 
 
 def claim_run_folder(run: Run, recipe: Recipe) -> None:
@@ -202,27 +216,6 @@ def _make_repeatable(recipe: Recipe) -> None:
     if recipe.engine.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True, warn_only=True)
-
-
-def _latest_on_all_ranks(run: Run) -> Path | None:
-    """The newest whole checkpoint as rank 0 sees it; every rank must see the same folder. No start before this one can
-    finish another after that."""
-    name = ""
-    if collectives.rank() == 0:
-        discard_unfinished(run.checkpoints)
-        found, passed_over = find_latest(run.checkpoints)
-        for damage in passed_over:
-            logger.warning("checkpoint passed over: %s", damage)
-        name = found.name if found else ""
-    name = collectives.all_gather_objects(name)[0]
-    if not name:
-        return None
-    checkpoint = run.checkpoints / name
-    if not checkpoint.is_dir():
-        raise CheckpointError(
-            f"rank {collectives.rank()} does not see {checkpoint}: all ranks need the run folder on one file system"
-        )
-    return checkpoint
 
 
 def _check_data_state(checkpoint: Path, plan: SamplingPlan) -> None:

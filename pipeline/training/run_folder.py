@@ -7,6 +7,7 @@ writes.
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,7 +27,8 @@ MAY_CHANGE = (
     "codebooks.check_every",
     "description",
 )
-"""Keys of a recipe that may differ when a run is resumed."""
+"""Keys of a recipe, and of its phases, that may differ when a run is resumed."""
+_PHASE = re.compile(r"^phases\.\d+\.")
 
 
 class Run:
@@ -34,6 +36,8 @@ class Run:
 
     RUN/recipe.yaml  RUN/environment.json  RUN/log.jsonl  RUN/tensorboard/
     RUN/checkpoints/step-00001000/  RUN/metrics.json  RUN/report.html
+
+    A recipe with phases trains the last one in RUN itself and those before in RUN/phases/1, 2 …, run folders each.
     """
 
     def __init__(self, path: str | Path) -> None:
@@ -69,16 +73,28 @@ class Run:
             )
         return load_recipe(self.recipe_file)
 
+    def phases(self, recipe: Recipe) -> list[tuple[Run, Recipe]]:
+        """The folder and the recipe of each phase, in turn; of a run without phases its own."""
+        before = [Run(self.path / "phases" / str(number)) for number in range(1, len(recipe.in_turn))]
+        return list(zip([*before, self], recipe.in_turn, strict=True))
+
     def check_recipe(self, recipe: Recipe) -> None:
         """Raise RecipeError unless the folder is new or ``recipe`` continues its run.
 
         A resumed run may change how long it is, how often it logs and saves, where the data lies and how the engine
-        works; anything that would make another run of it is refused with each changed key.
+        works; anything that would make another run of it is refused with each changed key. So is another length of a
+        phase that a later one has begun with.
         """
         from recipes.schema import RecipeError, changed_keys
 
         changed = changed_keys(self.recipe(), recipe) if self.exists() else {}
-        refused = {key: values for key, values in changed.items() if not key.startswith(MAY_CHANGE)}
+        begun = [number for number, (folder, _) in enumerate(self.phases(recipe)) if folder.list_checkpoints()]
+        ended = {f"phases.{number}.training.steps" for number in range(max(begun, default=0))}
+        refused = {
+            key: values
+            for key, values in changed.items()
+            if key in ended or not _PHASE.sub("", key).startswith(MAY_CHANGE)
+        }
         if refused:
             lines = "\n".join(f"  {key}: {old!r} there, {new!r} here" for key, (old, new) in refused.items())
             raise RecipeError(

@@ -9,9 +9,13 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
+import yaml
 
 from pipeline.evaluation import evaluate, write_report
 from pipeline.evaluation.metrics import write_metrics
+from pipeline.evaluation.run_view import open_runs
+from pipeline.training.run_folder import Run
+from recipes.schema import parse_recipe
 
 VOID = {"meta", "img", "br", "hr", "link", "input"}
 ADDRESSES = {"src", "href", "xlink:href", "data", "action", "poster", "srcset"}
@@ -156,3 +160,22 @@ def test_a_folder_without_a_run_is_refused(tmp_path: Path) -> None:
         write_report(tmp_path)
     with pytest.raises(ValueError, match="at least one run"):
         write_report([])
+
+
+def test_phases_before_the_last_have_curves_of_their_own(image_run: Path, tmp_path: Path) -> None:
+    recipe = Run(image_run).recipe()
+    phased = Run(tmp_path / "phased")
+    before = Run(phased.path / "phases" / "1")
+    shutil.copytree(image_run, phased.path)
+    phases = [{"quantizer": "identity", "steps": 3}, {}]
+    values = yaml.safe_load(recipe.to_yaml()) | {"phases": phases}
+    phased.recipe_file.write_text(parse_recipe(values).to_yaml())
+    before.path.mkdir(parents=True)
+    lines = [{"step": step, "attempt": 1, "loss_reconstruction": 1 / step, "seconds": 1.0} for step in (1, 2)]
+    before.log_file.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    write_report(phased.path, tmp_path / "report.html")
+    words = " ".join(Reader((tmp_path / "report.html").read_text()).words)
+    assert "phase 1 identity, 2 of 3 steps in 2 seconds" in words
+    views = open_runs([phased.path])
+    assert [series.name for series in views[0].series] == ["autoencoder_tiny_ksom, phase 1", "autoencoder_tiny_ksom"]
+    assert views[0].series[0].history.curve("loss_reconstruction") == ([1.0, 2.0], [1.0, 0.5])

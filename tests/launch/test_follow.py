@@ -7,6 +7,13 @@ import pytest
 from rich.console import Console
 
 from launch.follow import Follow, LogReader, describe_line, describe_speed
+from recipes.schema import load_recipe
+
+
+def tiny(*steps):
+    """A recipe of so many steps, or with phases of so many."""
+    phases = [{"steps": number, "schedule.warmup_steps": 0} for number in steps]
+    return load_recipe("image/autoencoder_tiny_ksom", {"name": "tiny", "phases": phases})
 
 
 def _append(file, text):
@@ -41,7 +48,7 @@ def test_without_a_terminal_progress_and_resume_are_printed_as_lines(tmp_path):
     output = tmp_path / "output"
     with output.open("w") as stream:
         console = Console(file=stream, force_terminal=False)
-        with Follow(tmp_path, steps=20, title="tiny", console=console):
+        with Follow(tmp_path, tiny(20), console):
             time.sleep(0.1)
             _append(tmp_path / "log.jsonl", json.dumps({"step": 10, "attempt": 1, "loss": 2.5}) + "\n")
             _append(
@@ -50,6 +57,22 @@ def test_without_a_terminal_progress_and_resume_are_printed_as_lines(tmp_path):
     text = output.read_text()
     assert "tiny: step 20/20  loss 1.2500  accuracy 50.0%" in text
     assert "tiny: resumed, first line at step 20" in text
+
+
+def test_each_phase_is_told_by_its_number_and_its_own_steps(tmp_path):
+    output = tmp_path / "output"
+    before = tmp_path / "phases" / "1"
+    before.mkdir(parents=True)
+    with output.open("w") as stream:
+        console = Console(file=stream, force_terminal=False)
+        with Follow(tmp_path, tiny(4, 20), console):
+            time.sleep(0.1)
+            _append(before / "log.jsonl", json.dumps({"step": 4, "attempt": 2, "loss": 2.5}) + "\n")
+            _append(tmp_path / "log.jsonl", json.dumps({"step": 20, "attempt": 1, "loss": 1.25}) + "\n")
+    text = output.read_text()
+    assert "tiny, phase 1 of 2: step 4/4  loss 2.5000" in text
+    assert "tiny, phase 2 of 2: step 20/20  loss 1.2500" in text
+    assert "resumed" not in text, "another start of a phase before says nothing of this one"
 
 
 def test_missing_values_are_left_out():
@@ -71,7 +94,7 @@ def test_speed_waiting_and_memory_stand_beside_what_is_learnt(tmp_path):
     output = tmp_path / "output"
     with output.open("w") as stream:
         console = Console(file=stream, force_terminal=True, width=240)
-        with Follow(tmp_path, steps=20, title="tiny", console=console):
+        with Follow(tmp_path, tiny(20), console):
             time.sleep(0.1)
             _append(tmp_path / "log.jsonl", json.dumps({"step": 10, "attempt": 1, "loss": 2.5, **line}) + "\n")
     text = output.read_text()
@@ -94,7 +117,7 @@ def test_warnings_are_printed_where_the_ranks_cant_be_heard(tmp_path, shown):
     output = tmp_path / "output"
     with output.open("w") as stream:
         console = Console(file=stream, force_terminal=False)
-        with Follow(tmp_path, steps=20, title="tiny", console=console, warnings=shown):
+        with Follow(tmp_path, tiny(20), console, warnings=shown):
             _append(tmp_path / "log.jsonl", json.dumps({"step": 10, "attempt": 1, "warnings": ["few codes"]}) + "\n")
             time.sleep(0.1)
     assert ("tiny: warning at step 10: few codes" in output.read_text()) == shown

@@ -60,3 +60,13 @@ def test_without_data_or_rate_it_says_how_to_get_them():
 def test_ranks_that_cannot_share_a_step_are_refused():
     with pytest.raises(RecipeError, match=r"batch.micro_batches=4 can't be shared by 3 ranks"):
         plan(IMAGE, ranks=3)
+
+
+def test_each_phase_has_its_own_table():
+    text = plan(IMAGE, "phases=[{quantizer: identity, steps: 60}, {initialise: kmeans}]", ranks=2)
+    first, second = text.split("autoencoder_tiny_ksom, phase 2 of 2, on 2 ranks")
+    assert "autoencoder_tiny_ksom, phase 1 of 2, on 2 ranks" in first
+    assert "│ quantizer" not in first
+    assert row(first, "the run") == "60 steps"
+    assert row(second, "quantizer") == "ksom, 1 × 256 codes"
+    assert text.count("to run it:") == 1
