@@ -129,7 +129,9 @@ def _add_model(table: Table, recipe: Recipe, dataset: Any, ranks: int, device: L
         table.add_row(f"  {name}", f"{count:,}")
     quantizer = recipe.quantizer
     if quantizer.kind != "identity":
-        table.add_row("quantizer", f"{quantizer.kind}, {quantizer.groups} × {quantizer.codes} codes")
+        levels = getattr(recipe.model, "levels", ())
+        each = f" at each level: {', '.join(levels)}" if levels else ""
+        table.add_row("quantizer", f"{quantizer.kind}, {quantizer.groups} × {quantizer.codes} codes{each}")
     again = ", activations computed twice" if recipe.engine.activation_checkpointing else ""
     table.add_row(
         "memory a rank",

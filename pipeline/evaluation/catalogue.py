@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 
@@ -97,8 +97,15 @@ def shown(measure: Measure, metrics: dict[str, Any]) -> str:
 
 
 def present(metrics: list[dict[str, Any]]) -> list[Measure]:
-    """The measures that at least one of the runs has, in the catalogue's order."""
-    return [measure for measure in MEASURES if any(measure.key in values for values in metrics)]
+    """The measures that at least one of the runs has, in the catalogue's order; of models with several levels of codes
+    each level's follow that of all."""
+    keys = list(dict.fromkeys(key for values in metrics for key in values))
+    found = []
+    for measure in MEASURES:
+        found += [measure] if measure.key in keys else []
+        levels = [key.removeprefix(f"{measure.key}/") for key in keys if key.startswith(f"{measure.key}/")]
+        found += [replace(measure, key=f"{measure.key}/{level}", name=f"{measure.name}, {level}") for level in levels]
+    return found
 
 
 SYSTEMS = {"log_mel": "log-mel", "untrained": "untrained", "trained": "trained"}

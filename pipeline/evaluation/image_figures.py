@@ -18,6 +18,8 @@ from pipeline.evaluation.figures import heat_map
 from pipeline.evaluation.metrics import plain_collation
 from pipeline.evaluation.projection_figures import projection_picture
 from pipeline.evaluation.run_view import RunView, spread
+from pipeline.models.base import quantizers_of
+from pipeline.models.config import ONLY
 
 SHOWN = 12
 LARGEST_SIDE = 192
@@ -35,9 +37,11 @@ def image_pictures(runs: Sequence[RunView]) -> list[str]:
     if decoding:
         parts += [page.heading("Originals and reconstructions", 3), reconstructions(decoding)]
     for run in shown:
-        if run.recipe.model.kind != "vit_som":  # a code of its map is a whole image
-            parts += codebook_pictures(run)
-            parts.append(projection_picture(run))
+        if run.recipe.model.kind == "vit_som":  # a code of its map is a whole image
+            continue
+        for place, level in enumerate(quantizers_of(run.model)):
+            parts += codebook_pictures(run, level, place)
+            parts.append(projection_picture(run, level))
     return parts
 
 
@@ -58,27 +62,31 @@ def reconstructions(runs: Sequence[RunView]) -> str:
 
 
 @torch.inference_mode()
-def codebook_pictures(run: RunView) -> list[str]:
-    """Each code decoded as a tile, at its place on the grid or by how often it occurs; for grids the U-matrix too."""
-    quantizer = run.model.quantizer
+def codebook_pictures(run: RunView, level: str = ONLY, place: int = 0) -> list[str]:
+    """Each code decoded as a tile, at its place on the grid or by how often it occurs; for grids the U-matrix too.
+
+    ``place`` is the level's among several.
+    """
+    quantizer: Any = quantizers_of(run.model)[level]
+    name = f"{run.name}, {level}" if level else run.name
     why = _not_drawn(quantizer)
     if why:
-        return [page.heading(f"Codebook of {run.name}", 3), page.paragraph(f"Not drawn code by code: {why}.")]
-    counts = torch.tensor(run.metrics["code_counts"][0]) if run.metrics else torch.zeros(quantizer.codes)
-    tiles = draw_codes(run.model)
+        return [page.heading(f"Codebook of {name}", 3), page.paragraph(f"Not drawn code by code: {why}.")]
+    counts = torch.tensor(run.metrics["code_counts"][place]) if run.metrics else torch.zeros(quantizer.codes)
+    tiles = draw_codes(run.model, level)
     if not hasattr(quantizer, "grid"):
         columns = max(8, round(quantizer.codes**0.5 * 1.4))
         order = counts.argsort(descending=True, stable=True)
         caption = f"Each of the {quantizer.codes} codes decoded alone, the most frequent first."
-        picture = page.image(mosaic(tiles[order], columns), f"codes of {run.name}", "pixels")
-        return [page.heading(f"Codebook of {run.name}", 3), page.figure(picture, caption)]
+        picture = page.image(mosaic(tiles[order], columns), f"codes of {name}", "pixels")
+        return [page.heading(f"Codebook of {name}", 3), page.figure(picture, caption)]
     grid = list(quantizer.grid)
     rows = flat_grid(on_grid(torch.arange(quantizer.codes), grid))
     shape = " × ".join(map(str, grid))
-    picture = page.image(mosaic(tiles[rows.flatten()], rows.shape[1]), f"map of {run.name}", "pixels")
+    picture = page.image(mosaic(tiles[rows.flatten()], rows.shape[1]), f"map of {name}", "pixels")
     borders = u_matrix(quantizer.codebook()[0], grid, quantizer.are_neighbours)
     return [
-        page.heading(f"Map of {run.name}", 3),
+        page.heading(f"Map of {name}", 3),
         page.cards(
             [
                 page.figure(
@@ -110,16 +118,22 @@ def _not_drawn(quantizer: Any) -> str:
     return "there is one code" if quantizer.codes == 1 else ""
 
 
-def draw_codes(model: Any, chunk: int = 128) -> Tensor:
+def draw_codes(model: Any, level: str = ONLY, chunk: int = 128) -> Tensor:
     """Each code alone, as the decoder shows it: ``(codes, 3, side, side)`` in [0, 1].
 
-    A plane of one code is decoded and its middle is cut out, one latent's pixels wide and at least
-    :data:`SMALLEST_TILE`.
+    A plane of one code is decoded, with nothing from other levels, and its middle is cut out, one latent's pixels wide
+    and at least :data:`SMALLEST_TILE`.
     """
     tiles = []
-    for codes in torch.arange(model.quantizer.codes).split(chunk):
-        plane = model.decode_codes(codes[:, None, None, None].expand(-1, FIELD, FIELD, 1).contiguous())
-        side = min(max(plane.shape[-1] // FIELD, SMALLEST_TILE), plane.shape[-1])
+    levels = list(quantizers_of(model))
+    for codes in torch.arange(quantizers_of(model)[level].codes).split(chunk):
+        planes = {}
+        for place, name in enumerate(levels):
+            side = FIELD << place  # a level has twice the latents to a side of the one before it
+            shown = codes if name == level else torch.full_like(codes, -1)
+            planes[name] = shown[:, None, None, None].expand(-1, side, side, 1).contiguous()
+        plane = model.decode_codes(planes if len(levels) > 1 else planes[level])
+        side = min(max(plane.shape[-1] // (FIELD << levels.index(level)), SMALLEST_TILE), plane.shape[-1])
         first = (plane.shape[-1] - side) // 2
         tiles.append(plane[:, :, first : first + side, first : first + side].clamp(0, 1).cpu())
     return torch.cat(tiles)

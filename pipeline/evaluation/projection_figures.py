@@ -19,6 +19,8 @@ from pipeline.evaluation import page
 from pipeline.evaluation.figures import projection_chart
 from pipeline.evaluation.metrics import plain_collation
 from pipeline.evaluation.run_view import RunView, spread
+from pipeline.models.base import quantizers_of
+from pipeline.models.config import ONLY
 
 IMAGES = 24
 POINTS = 1500
@@ -36,14 +38,15 @@ class Projection(NamedTuple):
     variance: float  # share of the latents' variance that the plane shows
 
 
-def projection_picture(run: RunView) -> str:
-    """A figure of ``run`` and what it shows."""
+def projection_picture(run: RunView, level: str = ONLY) -> str:
+    """A figure of a level of ``run`` and what it shows."""
     collation = plain_collation(run.recipe)
     references = [SampleReference(index, 0) for index in spread(len(run.dataset), IMAGES)]
-    projection = project(run.model, collation(references, run.dataset, 0, 0).pixels)
+    projection = project(run.model, collation(references, run.dataset, 0, 0).pixels, level)
     if projection is None:
         return ""
-    quantizer = run.model.quantizer
+    quantizer: Any = quantizers_of(run.model)[level]
+    name = f"{run.name}, {level}" if level else run.name
     shown = f"{len(projection.latents)} latents of {len(references)} images, in the mean colour of their patches"
     held = f"the two directions hold {projection.variance:.0%} of their variance"
     if not quantizer.codes:
@@ -54,17 +57,17 @@ def projection_picture(run: RunView) -> str:
         codes = f"circles: what combinations of the codes of {quantizer.groups} groups make of these latents."
     else:
         codes = "circles: codes, hollow where these images use none; those far from all latents lie outside."
-    title = f"Latents and codes of {run.name}" if len(projection.codes) else f"Latents of {run.name}"
+    title = f"Latents and codes of {name}" if len(projection.codes) else f"Latents of {name}"
     chart = projection_chart(title, projection)
     return page.figure(chart, f"{shown}; {held}; {codes}", "wide")
 
 
 @torch.inference_mode()
-def project(model: Any, pixels: Tensor) -> Projection | None:
+def project(model: Any, pixels: Tensor, level: str = ONLY) -> Projection | None:
     """The latents of ``pixels (batch, 3, height, width)`` on their principal plane, as codes are compared with them;
     None for latents that are no two-dimensional cloud.
     """
-    quantizer = model.quantizer
+    quantizer: Any = quantizers_of(model)[level]
     latents, output = _watch(quantizer, lambda: model.reconstruct(pixels))
     if latents.dim() != 4:
         return None

@@ -2,7 +2,8 @@
 
 In: a run and a prepared data set. Out: the same splits and shards with codes instead of samples, plain WebDataset:
 KEY.npy, int16 or int32 ``(frames, groups)`` for speech and ``(height, width, groups)`` for images, and KEY.json; and
-manifest.json with the hash of each shard, written last.
+manifest.json with the hash of each shard, written last. A model with several levels of codes writes one array each,
+KEY.LEVEL.npy.
 
 Speech: frame n begins n / ``frame_rate`` (Hz) seconds into the clip. Neighbouring frames with the same code in every
 group are a run: KEY.json has the ``durations`` of a clip's runs, in frames, and their ``starts`` in seconds. With
@@ -28,6 +29,7 @@ from pipeline.data.config import SAMPLE_RATE
 from pipeline.data.manifest import MANIFEST_NAME
 from pipeline.data.storage import as_place, write_whole
 from pipeline.export.shard_tasks import hash_of
+from pipeline.models.config import ONLY
 from pipeline.training.checkpoint import MANIFEST
 from pipeline.training.run_folder import Run
 
@@ -91,6 +93,7 @@ def tokenize(run: str | Path, dataset: str | Path, out: str | Path, merge: bool 
     model_hash = hashlib.sha256(content).hexdigest()
     tasks = [(split, shard) for split, entry in manifest.splits.items() for shard in range(len(entry.shards))]
     results: dict[tuple[str, int], dict[str, Any]] = {}
+    shapes: dict[str, list[int]] = {}
     with ray_session() as resources:
         remote = ray.remote(_tokenize_shard).options(max_retries=2)
         at_once = IN_FLIGHT_PER_CPU * max(1, int(resources.get("CPU", 1)))
@@ -104,7 +107,8 @@ def tokenize(run: str | Path, dataset: str | Path, out: str | Path, merge: bool 
                 break
             done, _ = ray.wait(list(running), num_returns=1)
             for reference in done:
-                results[running.pop(reference)] = ray.get(reference)
+                results[running.pop(reference)], found = ray.get(reference)
+                shapes.update(found)
     splits: dict[str, Any] = {split: {"shards": []} for split in manifest.splits}
     for split, shard in tasks:
         splits[split]["shards"].append(results[split, shard])
@@ -114,7 +118,7 @@ def tokenize(run: str | Path, dataset: str | Path, out: str | Path, merge: bool 
         "quantizer": recipe.quantizer.kind,
         "codes": recipe.quantizer.codes,
         "groups": recipe.quantizer.groups,
-        **_layout(recipe),
+        **(_layout(recipe) if manifest.kind == "speech" else _grids(shapes)),
         **({"merged": merge} if manifest.kind == "speech" else {}),
         "run": recipe.name,
         "checkpoint": checkpoint.name,
@@ -135,38 +139,45 @@ def tokenize(run: str | Path, dataset: str | Path, out: str | Path, merge: bool 
 
 def _tokenize_shard(
     run: Path, checkpoint: Path, model_hash: str, source: Path | str, split: str, shard: int, out: Path, merge: bool
-) -> dict[str, Any]:
-    """One shard of codes; returns its manifest entry. Runs in a Ray worker."""
+) -> tuple[dict[str, Any], dict[str, list[int]]]:
+    """One shard of codes; returns its manifest entry, and the shape of a sample's codes by level. Runs in a Ray
+    worker."""
     import numpy as np
 
     dataset = ShardedDataset(source, split)
     entries = dataset.manifest.splits[split].shards
     first = sum(entry.samples for entry in entries[:shard])
     buffer, tokens = io.BytesIO(), 0
+    shapes: dict[str, list[int]] = {}
     with tarfile.open(fileobj=buffer, mode="w", format=tarfile.USTAR_FORMAT) as archive:
         model, recipe = _load_once(run, checkpoint, model_hash)
         indexes = range(first, first + entries[shard].samples)
-        for key, codes, facts in _codes_of(model, recipe, dataset, indexes):
+        for key, levels, facts in _codes_of(model, recipe, dataset, indexes):
             if dataset.kind == "speech":
+                codes = levels[ONLY]
                 durations, starts = runs_of(codes)
                 facts |= {"durations": durations.tolist(), "starts": (starts / facts["frame_rate"]).tolist()}
-                codes = codes[starts] if merge else codes
-            facts = {"tokens": math.prod(codes.shape[:-1]), "shape": list(codes.shape)} | facts
-            content = io.BytesIO()
-            np.save(content, codes)
-            _add(archive, f"{key}.npy", content.getvalue())
+                levels = {ONLY: codes[starts] if merge else codes}
+            shapes = {level: list(codes.shape) for level, codes in levels.items()}
+            number = sum(math.prod(shape[:-1]) for shape in shapes.values())
+            facts = {"tokens": number, "shape": shapes.get(ONLY, shapes)} | facts
+            for level, codes in levels.items():
+                content = io.BytesIO()
+                np.save(content, codes)
+                _add(archive, f"{key}.{level}.npy" if level else f"{key}.npy", content.getvalue())
             _add(archive, f"{key}.json", json.dumps(facts).encode())
             tokens += facts["tokens"]
     file = out / entries[shard].file
     file.parent.mkdir(parents=True, exist_ok=True)
     write_whole(file, buffer.getvalue())
-    return {
+    entry = {
         "file": entries[shard].file,
         "sha256": hashlib.sha256(buffer.getvalue()).hexdigest(),
         "bytes": len(buffer.getvalue()),
         "samples": entries[shard].samples,
         "tokens": tokens,
     }
+    return entry, shapes
 
 
 def runs_of(codes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -182,19 +193,19 @@ def runs_of(codes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 def _codes_of(
     model: Any, recipe: Any, dataset: ShardedDataset, indexes: range
-) -> Iterator[tuple[str, np.ndarray, dict[str, Any]]]:
-    """Key, codes and facts of each sample, whole and unaugmented."""
+) -> Iterator[tuple[str, dict[str, np.ndarray], dict[str, Any]]]:
+    """Key, codes by level and facts of each sample, whole and unaugmented."""
     import numpy as np
 
     width = np.int16 if recipe.quantizer.codes <= 2**15 else np.int32
     found = _image_codes if dataset.kind == "image" else _speech_codes
-    for key, codes, facts in found(model, recipe, dataset, indexes):
-        yield key, codes.numpy().astype(width), facts
+    for key, levels, facts in found(model, recipe, dataset, indexes):
+        yield key, {level: codes.numpy().astype(width) for level, codes in levels.items()}, facts
 
 
 def _image_codes(
     model: Any, recipe: Any, dataset: ShardedDataset, indexes: range
-) -> Iterator[tuple[str, Any, dict[str, Any]]]:
+) -> Iterator[tuple[str, dict[str, Any], dict[str, Any]]]:
     from pipeline.data import ImageCollation, SampleReference
 
     collation = ImageCollation(recipe.data, recipe.seed, augment=False)
@@ -204,12 +215,13 @@ def _image_codes(
         batch = collation(references, dataset, 0, 0)
         codes, _ = model.encode_codes(batch)
         for row, key in enumerate(batch.keys):
-            yield key, codes[row], {}
+            levels = codes if isinstance(codes, dict) else {ONLY: codes}
+            yield key, {level: of_batch[row] for level, of_batch in levels.items()}, {}
 
 
 def _speech_codes(
     model: Any, recipe: Any, dataset: ShardedDataset, indexes: range
-) -> Iterator[tuple[str, Any, dict[str, Any]]]:
+) -> Iterator[tuple[str, dict[str, Any], dict[str, Any]]]:
     """Clips come alone: a group norm over padding would make a clip's codes depend on its neighbours."""
     from pipeline.data import SampleReference
     from pipeline.export.clip_codes import clip_codes
@@ -221,7 +233,7 @@ def _speech_codes(
         waveforms, lengths = collation.clips([SampleReference(index, 0)], [member])
         codes = clip_codes(model, waveforms[0])
         facts = {"seconds": lengths[0] / SAMPLE_RATE, "frames": len(codes)} | _layout(recipe)
-        yield member.key, codes, facts
+        yield member.key, {ONLY: codes}, facts
 
 
 @lru_cache(maxsize=1)
@@ -236,14 +248,14 @@ def _load_once(run: Path, checkpoint: Path, model_hash: str) -> tuple[Any, Any]:
 
 
 def _layout(recipe: Any) -> dict[str, Any]:
-    """How tokens lie in a sample: the ``frame_rate`` of speech in Hz, the ``latent_grid`` [height, width] of an
-    image."""
-    if recipe.data_kind == "image":
-        if recipe.model.kind == "vit_som":
-            return {"latent_grid": [1, 1]}  # its map has one code for an image
-        side = recipe.data.image_size // 2**recipe.model.downsampling
-        return {"latent_grid": [side, side]}
+    """How tokens lie in a clip: the ``frame_rate`` in Hz."""
     return {"frame_rate": SAMPLE_RATE / math.prod(stride for _, _, stride in recipe.model.conv_layers)}
+
+
+def _grids(shapes: dict[str, list[int]]) -> dict[str, Any]:
+    """How tokens lie in an image: the ``latent_grid`` [height, width], of several levels by level."""
+    grids = {level: shape[:-1] for level, shape in shapes.items()}
+    return {"latent_grid": grids.get(ONLY, grids)} if grids else {}
 
 
 def _add(archive: tarfile.TarFile, name: str, content: bytes) -> None:

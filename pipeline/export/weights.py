@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from recipes.schema import Recipe
 
 CODEBOOK_FILE = "codebook.safetensors"
+"""Of several levels each has one: ``codebook.LEVEL.safetensors``."""
 
 
 def export(run: str | Path, out: str | Path, format: str = "huggingface") -> Path:
@@ -64,21 +65,30 @@ def export(run: str | Path, out: str | Path, format: str = "huggingface") -> Pat
 
 
 def write_codebook(model: Any, recipe: Recipe, folder: Path) -> None:
-    """``codebook.safetensors``: the effective ``codes (groups, codes, dim // groups)`` fp32 for readers who only look
-    codes up, and the quantizer's state as ``quantizer.NAME``; nothing for a model without codes."""
+    """``codebook.safetensors``, of several levels each its own: the effective ``codes (groups, codes, dim // groups)``
+    fp32 for readers who only look codes up, and the quantizer's state as ``quantizer.NAME``; nothing for a model
+    without codes."""
     from safetensors.torch import save_file
 
-    quantizer = model.quantizer
-    if not quantizer.codes:
-        return
-    tensors = {"codes": quantizer.codebook().contiguous().clone()}
-    tensors |= {f"quantizer.{name}": tensor.contiguous().clone() for name, tensor in quantizer.state_dict().items()}
-    settings = {"quantizer": json.dumps(quantizer.config.model_dump(mode="json")), "recipe": recipe.name}
-    save_file(tensors, folder / CODEBOOK_FILE, metadata=settings)
+    from pipeline.models.base import quantizers_of
+
+    for level, quantizer in quantizers_of(model).items():
+        if not quantizer.codes:
+            continue
+        tensors = {"codes": quantizer.codebook().contiguous().clone()}
+        tensors |= {f"quantizer.{name}": tensor.contiguous().clone() for name, tensor in quantizer.state_dict().items()}
+        settings = {"quantizer": json.dumps(quantizer.config.model_dump(mode="json")), "recipe": recipe.name}
+        save_file(tensors, _codebook_file(folder, level), metadata=settings)
 
 
-def load_quantizer(folder: str | Path) -> Quantizer:
-    """The quantizer that :func:`export` wrote to ``folder``, in evaluation mode.
+def _codebook_file(folder: Path, level: str) -> Path:
+    file = folder / CODEBOOK_FILE
+    return file.with_suffix(f".{level}{file.suffix}") if level else file
+
+
+def load_quantizer(folder: str | Path, level: str = "") -> Quantizer:
+    """The quantizer that :func:`export` wrote to ``folder``, in evaluation mode; ``level`` is one of a model's with
+    several.
 
     Raises FileNotFoundError when there is none, ValueError for a file of another layout.
     """
@@ -86,7 +96,7 @@ def load_quantizer(folder: str | Path) -> Quantizer:
 
     from pipeline.quantizers import build_quantizer
 
-    file = Path(folder) / CODEBOOK_FILE
+    file = _codebook_file(Path(folder), level)
     if not file.is_file():
         raise FileNotFoundError(f"{file} does not exist: give a folder that `tessera export` wrote")
     with safe_open(file, "pt") as stored:

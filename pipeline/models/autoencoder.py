@@ -7,123 +7,19 @@ micro-batch.
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 import torch
 from torch import Tensor, nn
 
 from pipeline.data.collation import ImageBatch
-from pipeline.models.base import StepOutput, quantizer_losses, quantizer_metrics
-from pipeline.models.config import AutoencoderConfig
-from pipeline.quantizers import Quantizer
+from pipeline.models.base import StepOutput, quantizer_losses, quantizer_metrics, quantizers_of
+from pipeline.models.config import ONLY, AutoencoderConfig
+from pipeline.quantizers import Quantizer, QuantizerOutput
 
 Statistic = float | tuple[float, float, float]
-
-
-class DiscreteAutoencoder(nn.Module):
-    """Images to codes and back by any ``encoder`` and ``decoder``; loss: squared error summed over pixel values, plus
-    the quantizer's.
-
-    The encoder makes ``(batch, dim, h, w)`` of normalised images ``(batch, 3, height, width)``, ``shrinkage`` times
-    smaller, and the decoder images of those.
-    """
-
-    def __init__(
-        self,
-        encoder: nn.Module,
-        quantizer: Quantizer,
-        decoder: nn.Module,
-        shrinkage: int,
-        pixel_mean: Statistic = 0.0,
-        pixel_deviation: Statistic = 1.0,
-    ) -> None:
-        super().__init__()
-        self.encoder = encoder
-        self.quantizer = quantizer
-        self.decoder = decoder
-        self.shrinkage = shrinkage
-        self.pixel_mean, self.pixel_deviation = pixel_mean, pixel_deviation
-
-    def forward(self, batch: ImageBatch) -> StepOutput:
-        """Losses and metrics of one micro-batch."""
-        images = self._normalise(batch.pixels)
-        # Only what enters the net takes its precision: targets in bf16 would be off by up to half a grey level.
-        output = self.quantizer(self._encode(images.to(next(self.decoder.parameters()).dtype)))
-        decoded = self._decode(output.vectors).float()
-        return StepOutput(
-            losses=self.reconstruction_losses(decoded, images) | quantizer_losses(output, batch.targets),
-            metrics=self._metrics(decoded, images, batch.targets) | quantizer_metrics(output),
-            quantizer=output,
-        )
-
-    def reconstruction_losses(self, decoded: Tensor, images: Tensor) -> dict[str, Tensor]:
-        """Losses of normalised images ``(batch, 3, height, width)``, by name: sums over pixel values."""
-        return {"reconstruction": (decoded - images).square().sum()}
-
-    @torch.no_grad()
-    def reconstruct(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
-        """``pixels (batch, 3, height, width)`` in [0, 1] → reconstruction of the same shape, clipped to [0, 1], and
-        codes ``(batch, h, w, groups)``.
-        """
-        output = self.quantizer(self._encode(self._normalise(pixels)))
-        return self._to_pixels(self._decode(output.vectors)), output.codes
-
-    @torch.no_grad()
-    def encode_codes(self, batch: ImageBatch) -> tuple[Tensor, Tensor]:
-        """Codes ``(batch, h, w, groups)`` int64, and how many tokens each image has, ``(batch,)``."""
-        codes = self.quantizer.encode(self._encode(self._normalise(batch.pixels)))
-        tokens = codes.shape[1] * codes.shape[2]
-        return codes, torch.full((codes.shape[0],), tokens, dtype=torch.int64)
-
-    @torch.no_grad()
-    def decode_codes(self, codes: Tensor) -> Tensor:
-        """Codes ``(batch, h, w, groups)`` → pixels ``(batch, 3, height, width)`` in [0, 1]."""
-        return self._to_pixels(self._decode(self.quantizer.decode(codes)))
-
-    def _normalise(self, pixels: Tensor) -> Tensor:
-        height, width = pixels.shape[-2:]
-        if height % self.shrinkage or width % self.shrinkage:
-            raise ValueError(
-                f"images of {height}×{width} can't be halved {self.shrinkage.bit_length() - 1} times: "
-                f"use data.image_size a multiple of {self.shrinkage}, or a model that shrinks images less"
-            )
-        return (pixels - of_colours(self.pixel_mean, pixels)) / of_colours(self.pixel_deviation, pixels)
-
-    def _metrics(self, decoded: Tensor, images: Tensor, targets: int) -> dict[str, tuple[Tensor, Tensor]]:
-        """``mse`` of pixels in [0, 1]."""
-        error = decoded.detach() - images
-        squared = error.mul_(of_colours(self.pixel_deviation, images)).square_().sum()  # the step's memory peaks here
-        return {"mse": (squared, torch.tensor(float(targets), device=squared.device))}
-
-    def _encode(self, images: Tensor) -> Tensor:
-        """→ latents with channels last, ``(batch, h, w, dim)``."""
-        return self.encoder(images).permute(0, 2, 3, 1)
-
-    def _decode(self, vectors: Tensor) -> Tensor:
-        """Vectors with channels last → normalised images."""
-        return self.decoder(vectors.permute(0, 3, 1, 2))
-
-    def _to_pixels(self, images: Tensor) -> Tensor:
-        mean, deviation = of_colours(self.pixel_mean, images), of_colours(self.pixel_deviation, images)
-        return (images * deviation + mean).clamp(0, 1)
-
-
-class Autoencoder(DiscreteAutoencoder):
-    """The VQ-VAE."""
-
-    def __init__(self, config: AutoencoderConfig, quantizer: Quantizer) -> None:
-        super().__init__(
-            _encoder(config),
-            quantizer,
-            _decoder(config),
-            shrinkage=2**config.downsampling,
-            pixel_mean=config.pixel_mean,
-            pixel_deviation=config.pixel_deviation,
-        )
-        self.config = config
-
-    @property
-    def blocks(self) -> list[nn.Module]:
-        """Layers that may be computed twice, and compiled."""
-        return [block for block in self.modules() if isinstance(block, ResidualBlock)]
+Codes = Tensor | dict[str, Tensor]
+"""``(batch, h, w, groups)`` int64; of several levels by level, coarse to fine."""
 
 
 class ResidualBlock(nn.Module):
@@ -142,6 +38,153 @@ class ResidualBlock(nn.Module):
         return features + self.layers(features)
 
 
+class ImageAutoencoder(nn.Module):
+    """Images to codes and back; loss: squared error summed over pixel values, plus the quantizers'.
+
+    A kind has its quantizers as :func:`pipeline.models.base.quantizers_of` finds them, and implements
+    :meth:`quantize`, :meth:`encode` and :meth:`decode`. What has an entry a level there is given and taken by the other
+    methods as it is where there is only one.
+    """
+
+    block_types: ClassVar[tuple[type[nn.Module], ...]] = ()
+
+    def __init__(self, shrinkage: int, pixel_mean: Statistic = 0.0, pixel_deviation: Statistic = 1.0) -> None:
+        """``shrinkage``: how many times more pixels than latents a side has."""
+        super().__init__()
+        self.shrinkage = shrinkage
+        self.pixel_mean, self.pixel_deviation = pixel_mean, pixel_deviation
+
+    # -- what a kind implements ------------------------------------------------------------------------------------
+
+    def quantize(self, images: Tensor) -> dict[str, QuantizerOutput]:
+        """Normalised images ``(batch, 3, height, width)`` → what each level's quantizer gives for ``(batch, h, w)``
+        tokens, coarse to fine."""
+        raise NotImplementedError
+
+    def encode(self, images: Tensor) -> dict[str, Tensor]:
+        """Codes ``(batch, h, w, groups)`` of each level, coarse to fine, without touching any state."""
+        raise NotImplementedError
+
+    def decode(self, vectors: dict[str, Tensor]) -> Tensor:
+        """Vectors ``(batch, h, w, dim)`` of each level → normalised images."""
+        raise NotImplementedError
+
+    # -- what everyone calls ---------------------------------------------------------------------------------------
+
+    @property
+    def blocks(self) -> list[nn.Module]:
+        """Layers that may be computed twice, and compiled."""
+        return [block for block in self.modules() if isinstance(block, self.block_types)]
+
+    def forward(self, batch: ImageBatch) -> StepOutput:
+        """Losses and metrics of one micro-batch."""
+        images = self._normalise(batch.pixels)
+        # Only what enters the net takes its precision: targets in bf16 would be off by up to half a grey level.
+        outputs = self.quantize(images.to(next(self.parameters()).dtype))
+        decoded = self.decode({level: output.vectors for level, output in outputs.items()}).float()
+        losses = self.reconstruction_losses(decoded, images)
+        metrics = self._metrics(decoded, images, batch.targets)
+        for level, output in outputs.items():
+            losses |= quantizer_losses(output, batch.targets, level)
+            metrics |= quantizer_metrics(output, level)
+        *coarser, finest = outputs.values()
+        return StepOutput(losses, metrics, finest, tuple(coarser))
+
+    def reconstruction_losses(self, decoded: Tensor, images: Tensor) -> dict[str, Tensor]:
+        """Losses of normalised images ``(batch, 3, height, width)``, by name: sums over pixel values."""
+        return {"reconstruction": (decoded - images).square().sum()}
+
+    @torch.no_grad()
+    def reconstruct(self, pixels: Tensor) -> tuple[Tensor, Codes]:
+        """``pixels (batch, 3, height, width)`` in [0, 1] → reconstruction of the same shape, clipped to [0, 1], and
+        codes ``(batch, h, w, groups)``.
+        """
+        outputs = self.quantize(self._normalise(pixels))
+        decoded = self.decode({level: output.vectors for level, output in outputs.items()})
+        return self._to_pixels(decoded), _alone({level: output.codes for level, output in outputs.items()})
+
+    @torch.no_grad()
+    def encode_codes(self, batch: ImageBatch) -> tuple[Codes, Tensor]:
+        """Codes ``(batch, h, w, groups)`` int64, and how many tokens each image has, ``(batch,)``."""
+        codes = self.encode(self._normalise(batch.pixels))
+        tokens = sum(of_level.shape[1] * of_level.shape[2] for of_level in codes.values())
+        return _alone(codes), torch.full((len(batch.pixels),), tokens, dtype=torch.int64)
+
+    @torch.no_grad()
+    def decode_codes(self, codes: Codes) -> Tensor:
+        """Codes ``(batch, h, w, groups)`` → pixels ``(batch, 3, height, width)`` in [0, 1]."""
+        levels = codes if isinstance(codes, dict) else {ONLY: codes}
+        vectors = {level: quantizer.decode(levels[level]) for level, quantizer in quantizers_of(self).items()}
+        return self._to_pixels(self.decode(vectors))
+
+    def _normalise(self, pixels: Tensor) -> Tensor:
+        height, width = pixels.shape[-2:]
+        if height % self.shrinkage or width % self.shrinkage:
+            raise ValueError(
+                f"images of {height}×{width} can't be halved {self.shrinkage.bit_length() - 1} times: "
+                f"use data.image_size a multiple of {self.shrinkage}, or a model that shrinks images less"
+            )
+        return (pixels - of_colours(self.pixel_mean, pixels)) / of_colours(self.pixel_deviation, pixels)
+
+    def _metrics(self, decoded: Tensor, images: Tensor, targets: int) -> dict[str, tuple[Tensor, Tensor]]:
+        """``mse`` of pixels in [0, 1]."""
+        error = decoded.detach() - images
+        squared = error.mul_(of_colours(self.pixel_deviation, images)).square_().sum()  # the step's memory peaks here
+        return {"mse": (squared, torch.tensor(float(targets), device=squared.device))}
+
+    def _to_pixels(self, images: Tensor) -> Tensor:
+        mean, deviation = of_colours(self.pixel_mean, images), of_colours(self.pixel_deviation, images)
+        return (images * deviation + mean).clamp(0, 1)
+
+
+class DiscreteAutoencoder(ImageAutoencoder):
+    """One quantizer between any ``encoder``, images to ``(batch, dim, h, w)``, and ``decoder``, the way back."""
+
+    def __init__(
+        self, encoder: nn.Module, quantizer: Quantizer, decoder: nn.Module, shrinkage: int, **pixels: Statistic
+    ) -> None:
+        super().__init__(shrinkage, **pixels)
+        self.encoder = encoder
+        self.quantizer = quantizer
+        self.decoder = decoder
+
+    def quantize(self, images: Tensor) -> dict[str, QuantizerOutput]:
+        return {ONLY: self.quantizer(channels_last(self.encoder(images)))}
+
+    def encode(self, images: Tensor) -> dict[str, Tensor]:
+        return {ONLY: self.quantizer.encode(channels_last(self.encoder(images)))}
+
+    def decode(self, vectors: dict[str, Tensor]) -> Tensor:
+        return self.decoder(channels_first(vectors[ONLY]))
+
+
+class Autoencoder(DiscreteAutoencoder):
+    """The VQ-VAE."""
+
+    block_types = (ResidualBlock,)
+
+    def __init__(self, config: AutoencoderConfig, quantizer: Quantizer) -> None:
+        super().__init__(
+            _encoder(config),
+            quantizer,
+            _decoder(config),
+            shrinkage=2**config.downsampling,
+            pixel_mean=config.pixel_mean,
+            pixel_deviation=config.pixel_deviation,
+        )
+        self.config = config
+
+
+def channels_last(features: Tensor) -> Tensor:
+    """``(batch, channels, h, w)`` → ``(batch, h, w, channels)``, as quantizers want it."""
+    return features.permute(0, 2, 3, 1)
+
+
+def channels_first(vectors: Tensor) -> Tensor:
+    """``(batch, h, w, channels)`` → ``(batch, channels, h, w)``, as convolutions want it."""
+    return vectors.permute(0, 3, 1, 2)
+
+
 def of_colours(statistic: Statistic, images: Tensor) -> float | Tensor:
     """One number, or those of each colour as ``(3, 1, 1)``."""
     return images.new_tensor(statistic).view(3, 1, 1) if isinstance(statistic, tuple) else statistic
@@ -151,6 +194,10 @@ def stem_widths(channels: int, downsampling: int) -> list[int]:
     """Channels after each halving: half the width after the first of several, the full width after the others."""
     first = [channels // 2] if downsampling > 1 else []
     return first + [channels] * (downsampling - len(first))
+
+
+def _alone(levels: dict[str, Tensor]) -> Codes:
+    return levels.get(ONLY, levels)
 
 
 def _encoder(config: AutoencoderConfig) -> nn.Sequential:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
-from pipeline.models.config import ModelConfig, Wav2Vec2Config
+from pipeline.models.config import ONLY, ModelConfig, Wav2Vec2Config
 from pipeline.quantizers import Quantizer, build_quantizer
 
 if TYPE_CHECKING:
@@ -24,8 +24,10 @@ MODELS = {
     "autoencoder": ("pipeline.models.autoencoder", "Autoencoder"),
     "sqvae": ("pipeline.models.sqvae", "SQVAE"),
     "vit_som": ("pipeline.models.vit_som", "ViTSOM"),
+    "vqvae2": ("pipeline.models.vqvae2", "VQVAE2"),
 }
-"""Kind of model → its module, loaded when one is built, and its class, made of a configuration and a quantizer."""
+"""Kind of model → its module, loaded when one is built, and its class, made of a configuration and a quantizer, or of
+several by level where the configuration names ``levels``."""
 
 
 def build_model(model: ModelConfig, quantizer: Any) -> nn.Module:
@@ -34,7 +36,10 @@ def build_model(model: ModelConfig, quantizer: Any) -> nn.Module:
     Raises ValueError when ``quantizer.dim`` is given and is not what the model makes.
     """
     module, name = MODELS[model.kind]
-    return getattr(import_module(module), name)(model, _quantizer_for(*model.quantizer_input, quantizer))
+    levels: dict[str, Quantizer] = {
+        level: _quantizer_for(*model.quantizer_input, quantizer) for level in getattr(model, "levels", [ONLY])
+    }
+    return getattr(import_module(module), name)(model, levels.get(ONLY, levels))
 
 
 def build_collation(recipe: Recipe) -> Collation:

@@ -9,12 +9,27 @@ from typing import Annotated
 
 from pydantic import Field
 
-from pipeline.models.image_config import AutoencoderConfig, SQVAEConfig
+from pipeline.models.image_config import AutoencoderConfig, SQVAEConfig, VQVAE2Config
 from pipeline.models.speech_config import STANDARD_KERNELS, Wav2Vec2Config
 from pipeline.models.vit_som_config import ViTSOMConfig
 
-__all__ = ["AutoencoderConfig", "ModelConfig", "SQVAEConfig", "STANDARD_KERNELS", "ViTSOMConfig", "Wav2Vec2Config"]
+__all__ = [
+    "ONLY",
+    "AutoencoderConfig",
+    "ModelConfig",
+    "SQVAEConfig",
+    "STANDARD_KERNELS",
+    "VQVAE2Config",
+    "ViTSOMConfig",
+    "Wav2Vec2Config",
+]
 
-ModelConfig = Annotated[Wav2Vec2Config | AutoencoderConfig | SQVAEConfig | ViTSOMConfig, Field(discriminator="kind")]
-"""Each member has ``kind``; ``reads``, the kind of data set it is trained on; and ``quantizer_input``, the size of the
-vectors that go into its quantizer and the key that decides it."""
+ONLY = ""
+"""Level of a model's only quantizer."""
+
+ModelConfig = Annotated[
+    Wav2Vec2Config | AutoencoderConfig | SQVAEConfig | VQVAE2Config | ViTSOMConfig, Field(discriminator="kind")
+]
+"""Each member has ``kind``; ``reads``, the kind of data set it is trained on; ``quantizer_input``, the size of the
+vectors that go into its quantizer and the key that decides it; and with more than one quantizer ``levels``, their names
+from coarse to fine."""

@@ -58,3 +58,15 @@ class SQVAEConfig(ImageModelConfig):
     norm_momentum: float = Field(
         0.1, gt=0, le=1, description="share that a step's statistics get in those that evaluation normalises by"
     )
+
+
+class VQVAE2Config(ImageModelConfig, PixelOptions):
+    """VQ-VAE-2 (Razavi et al., arXiv 1906.00446) in the sizes of the KSOM paper: codes at an eighth of an image's side
+    and at a quarter of it, each with a quantizer of the recipe's."""
+
+    levels: ClassVar[tuple[str, ...]] = ("top", "bottom")
+
+    kind: Literal["vqvae2"] = "vqvae2"
+    channels: int = Field(128, ge=2, description="width of encoders and decoders")
+    residual_channels: int = Field(32, ge=1, description="inner width of a residual block")
+    residual_layers: int = Field(2, ge=0, description="residual blocks in each encoder and decoder")

@@ -16,19 +16,6 @@ from pipeline.models.config import SQVAEConfig
 from pipeline.quantizers import Quantizer
 
 
-class SQVAE(DiscreteAutoencoder):
-    """Strided convolutions and residual blocks, all with batch normalisation, and a sigmoid at the end."""
-
-    def __init__(self, config: SQVAEConfig, quantizer: Quantizer) -> None:
-        super().__init__(_encoder(config), quantizer, _decoder(config), shrinkage=2**config.downsampling)
-        self.config = config
-
-    @property
-    def blocks(self) -> list[nn.Module]:
-        """Layers that may be computed twice, and compiled."""
-        return [block for block in self.modules() if isinstance(block, NormalisedBlock)]
-
-
 class NormalisedBlock(nn.Module):
     """``x + norm(conv1(relu(norm(conv3(relu(x))))))``."""
 
@@ -45,6 +32,16 @@ class NormalisedBlock(nn.Module):
 
     def forward(self, features: Tensor) -> Tensor:  # (batch, channels, height, width)
         return features + self.layers(features)
+
+
+class SQVAE(DiscreteAutoencoder):
+    """Strided convolutions and residual blocks, all with batch normalisation, and a sigmoid at the end."""
+
+    block_types = (NormalisedBlock,)
+
+    def __init__(self, config: SQVAEConfig, quantizer: Quantizer) -> None:
+        super().__init__(_encoder(config), quantizer, _decoder(config), shrinkage=2**config.downsampling)
+        self.config = config
 
 
 def _encoder(config: SQVAEConfig) -> nn.Sequential:

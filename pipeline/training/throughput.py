@@ -139,9 +139,10 @@ class Throughput:
         """Add one micro-batch."""
         self._samples += len(batch.keys)
         self._audio += getattr(batch, "seconds", 0.0)
-        codes = output.quantizer.codes
-        tokens = (codes[..., 0] >= 0).sum() if codes.shape[-1] else torch.zeros((), device=codes.device)
-        self._tokens = tokens if self._tokens is None else self._tokens + tokens
+        for quantized in (*output.coarser, output.quantizer):
+            codes = quantized.codes
+            tokens = (codes[..., 0] >= 0).sum() if codes.shape[-1] else torch.zeros((), device=codes.device)
+            self._tokens = tokens if self._tokens is None else self._tokens + tokens
 
     def read(self, data_wait: float, all_reduce: float) -> dict[str, float]:
         """Rates over all ranks since the last call, and the longest data wait, the shortest time in collectives and the

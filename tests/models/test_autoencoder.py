@@ -58,7 +58,7 @@ def test_the_loss_is_on_normalised_pixels_and_the_metric_on_pixels(deviation):
     model = tiny(pixel_mean=0.4, pixel_deviation=deviation)
     batch = batch_of(torch.rand(2, 3, 16, 16))
     output = model(batch)
-    decoded = model._decode(output.quantizer.vectors) * deviation + 0.4  # not clipped
+    decoded = model.decode({"": output.quantizer.vectors}) * deviation + 0.4  # not clipped
     error = (decoded - batch.pixels).square().sum()
     squares, values = output.metrics["mse"]
     assert int(values) == batch.targets == 2 * 3 * 16 * 16
@@ -74,7 +74,7 @@ def test_a_net_in_bf16_is_measured_against_the_pixels_themselves():
     model = tiny().to(torch.bfloat16)
     batch = batch_of(torch.randint(0, 256, (2, 3, 16, 16)) / 255)
     output = model(batch)
-    decoded = model._decode(output.quantizer.vectors).float() * 0.5 + 0.5
+    decoded = model.decode({"": output.quantizer.vectors}).float() * 0.5 + 0.5
     error = (decoded - batch.pixels).square().sum().detach()
     torch.testing.assert_close(output.metrics["mse"][0], error, rtol=1e-5, atol=0)
 
