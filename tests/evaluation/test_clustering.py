@@ -138,13 +138,13 @@ def test_the_report_shows_the_map(map_run: Path, class_run: Path, tmp_path: Path
 
 
 def test_each_image_is_one_token(map_run: Path, image_dataset: Path, ray_cluster, tmp_path: Path) -> None:
-    from pipeline.export.tokens import tokenize
-    from pipeline.export.weights import export, load_quantizer
+    from pipeline.export import decode, export, load_quantizer, tokenize
 
     summary = tokenize(map_run, image_dataset, tmp_path / "tokens")
     assert summary.tokens == summary.samples == 280
     manifest = json.loads((tmp_path / "tokens" / "manifest.json").read_text())
     assert manifest["latent_grid"] == [1, 1]
+    assert decode(map_run, tmp_path / "tokens", tmp_path / "pictures").images == 280
     export(map_run, tmp_path / "weights", format="safetensors")
     quantizer = load_quantizer(tmp_path / "weights")
     assert torch.equal(quantizer.codebook(), Run(map_run).load_model()[0].quantizer.codebook())

@@ -250,8 +250,6 @@ def test_the_recipe_joins_map_and_run():
         load_recipe("vit_som_mnist", ["data.image_size=32"])
     with pytest.raises(RecipeError, match=r"quantizer.kind=ema makes vectors that model.kind=vit_som has no use for"):
         load_recipe("vit_som_mnist", ["quantizer.kind=ema"])
-    with pytest.raises(
-        RecipeError, match=r"quantizer.kind=som leaves latents as they are, model.kind=autoencoder"
-    ):
+    with pytest.raises(RecipeError, match=r"quantizer.kind=som leaves latents as they are, model.kind=autoencoder"):
         load_recipe("autoencoder_tiny_ksom", ["quantizer.kind=som"])
     assert load_recipe("vit_som_cifar10", ["quantizer.kind=identity"]).quantizer.kind == "identity"
