@@ -10,7 +10,7 @@ from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch; a run is one rank
 
-CLAIMS = ("vit_som", "ksom", "affine", "simplex")
+CLAIMS = ("vit_som", "ksom", "affine", "simplex", "collapse")
 
 
 def main() -> None:
