@@ -33,6 +33,11 @@ RecipeArgument = Annotated[
 ]
 
 
+RawWeights = Annotated[
+    bool, typer.Option("--raw-weights", help="The weights as trained, where the run has averaged them (weight_ema).")
+]
+
+
 class OnBad(StrEnum):
     quarantine = "quarantine"
     fail = "fail"
@@ -318,6 +323,7 @@ def evaluate(
     lpips_heads: Annotated[
         Path | None, typer.Option(help="LPIPS's weights of the channels; by default those that come with torchmetrics.")
     ] = None,
+    raw_weights: RawWeights = False,
 ) -> None:
     """Metrics over a whole split, as a table and RUN/metrics.json."""
     from rich.console import Console
@@ -332,7 +338,9 @@ def evaluate(
     before = read_metrics(run) or {}
     files = NetworkFiles(inception_weights, lpips_weights, lpips_heads)
     given = files if files != NetworkFiles() else None
-    metrics = evaluate_run(run, data=data, split=split, downstream=downstream, layer=layer, files=given)
+    metrics = evaluate_run(
+        run, data=data, split=split, downstream=downstream, layer=layer, files=given, raw=raw_weights
+    )
     console = Console()
     console.print(metrics_table(metrics))
     for line in networks_told(metrics):
@@ -355,6 +363,7 @@ def tokenize(
     merge: Annotated[
         bool, typer.Option("--merge", help="One row a run of equal speech frames, not one a frame.")
     ] = False,
+    raw_weights: RawWeights = False,
     ray_address: RayAddress = None,
 ) -> None:
     """A data set's codes as WebDataset shards, through Ray; of speech with frame rate, durations and start times."""
@@ -362,7 +371,7 @@ def tokenize(
     from pipeline.ray_session import ray_session
 
     with ray_session(ray_address):
-        summary = tokenize_dataset(run, dataset, out, merge=merge)
+        summary = tokenize_dataset(run, dataset, out, merge=merge, raw=raw_weights)
     typer.echo(str(summary))
 
 
@@ -388,11 +397,12 @@ def export(
     run: Annotated[Path, typer.Argument(help="Run folder.")],
     out: Annotated[Path, typer.Argument(help="Folder for the weights.")],
     format: Annotated[ExportFormat, typer.Option("--format", help="Whose format.")] = ExportFormat.huggingface,
+    raw_weights: RawWeights = False,
 ) -> None:
     """Weights that others can load."""
     from pipeline.export import export as export_run
 
-    typer.echo(f"wrote {export_run(run, out, format=format.value)}")
+    typer.echo(f"wrote {export_run(run, out, format=format.value, raw=raw_weights)}")
 
 
 @app.command()

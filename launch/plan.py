@@ -23,6 +23,7 @@ PARTS = {
     "weights": "weights",
     "gradients": "gradients",
     "optimizer": "optimiser",
+    "average": "weights' average",
     "codebooks": "codebooks",
     "micro_batches": "micro-batches",
     "buckets": "ZeRO's buckets",
@@ -113,6 +114,8 @@ def plan_memory(
             ranks=ranks,
             accumulation=recipe.batch.micro_batches // ranks,
             ahead=recipe.data.prefetch,
+            moments=recipe.optimizer.moments,
+            averaged=bool(recipe.training.weight_ema),
         )
         for stage in range(4)
     }
@@ -142,7 +145,9 @@ def _add_model(table: Table, recipe: Recipe, dataset: Any, ranks: int, device: L
         size = getattr(memory, part)
         if size:
             table.add_row(f"  {name}", _size(size) + (f", of {_shape(recipe, shape)}" if part == "activations" else ""))
-    table.add_row("a checkpoint", f"{_size(sizes.checkpoint)} on disk")
+    table.add_row(
+        "a checkpoint", f"{_size(sizes.checkpoint(recipe.optimizer.moments, bool(recipe.training.weight_ema)))} on disk"
+    )
     return _hint(recipe, by_stage, ranks)
 
 

@@ -42,6 +42,7 @@ def evaluate(
     downstream: bool = False,
     layer: int | None = None,
     files: NetworkFiles | None = None,
+    raw: bool = False,
 ) -> dict[str, Any]:
     """Measure the latest whole checkpoint of a run and write RUN/metrics.json.
 
@@ -50,18 +51,19 @@ def evaluate(
     Each sample is seen exactly once, without augmentation. ``downstream`` adds what frozen features of the encoder's
     ``layer`` are good for, see :mod:`pipeline.evaluation.downstream`; without it, what an earlier evaluation found of
     the same checkpoint with the same data is kept. ``files`` of networks add distances of images, see
-    :mod:`pipeline.evaluation.distances`.
+    :mod:`pipeline.evaluation.distances`. ``raw`` measures the weights that were trained where the run has averaged them
+    too.
 
     Returned and written: what was measured (``name``, ``kind``, ``quantizer``, ``step``, ``data``, ``split``,
-    ``complete``), the metrics of :mod:`pipeline.evaluation.catalogue`, ``code_counts`` (groups × codes), and if it is
-    known ``downstream``. Raises FileNotFoundError for a folder without a run, ValueError for data of another kind, an
-    unknown split, downstream measures of images, networks for speech or another network than a file is given for, and
-    CheckpointError without a checkpoint.
+    ``complete``, ``weights``: "averaged" or "trained"), the metrics of :mod:`pipeline.evaluation.catalogue`,
+    ``code_counts`` (groups × codes), and if it is known ``downstream``. Raises FileNotFoundError for a folder without a
+    run, ValueError for data of another kind, an unknown split, downstream measures of images, networks for speech or
+    another network than a file is given for, and CheckpointError without a checkpoint.
     """
     run = Run(run_dir)
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     checkpoint = run.latest_checkpoint()
-    model, recipe = run.load_model(checkpoint, device=device)
+    model, recipe = run.load_model(checkpoint, device=device, raw=raw)
     if downstream and recipe.data_kind != "speech":
         raise ValueError(f"{run.path} holds a model of {recipe.data_kind} data: downstream measures are of speech")
     if files is not None and recipe.data_kind != "image":
@@ -82,6 +84,7 @@ def evaluate(
         "name": recipe.name,
         "kind": recipe.data_kind,
         "quantizer": recipe.quantizer.kind,
+        "weights": "averaged" if recipe.training.weight_ema and not raw else "trained",
         "step": int(checkpoint.name.removeprefix("step-")) if checkpoint else 0,
         "data": str(dataset.path),
         "split": dataset.split,
@@ -103,7 +106,7 @@ def evaluate(
 
 def downstream_outdated(before: dict[str, Any], now: dict[str, Any]) -> str:
     """Why the downstream measures of an earlier evaluation are not of this one's model and data; "" if they are."""
-    named = {"step": "the checkpoint of step {}", "data": "the data set {}"}
+    named = {"step": "the checkpoint of step {}", "data": "the data set {}", "weights": "the {} weights"}
     changed = [name for name in named if before.get(name) != now[name]]
     return ", ".join(f"of {named[name].format(before.get(name))}, not {now[name]}" for name in changed)
 

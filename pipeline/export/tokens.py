@@ -58,9 +58,12 @@ class TokenSummary:
         )
 
 
-def tokenize(run: str | Path, dataset: str | Path, out: str | Path, merge: bool = False) -> TokenSummary:
+def tokenize(
+    run: str | Path, dataset: str | Path, out: str | Path, merge: bool = False, raw: bool = False
+) -> TokenSummary:
     """Write the codes of every sample of ``dataset``, a folder or its URL, to the new folder ``out``; ``merge`` keeps
-    one row of each run of equal speech frames.
+    one row of each run of equal speech frames. Of a run that has averaged its weights the average is used, unless
+    ``raw``.
 
     A sample's codes depend on the model and the sample alone: not on shards, Ray's workers or the recipe's batches.
     Uses a running Ray or starts one. Raises ValueError when the run's model reads another kind of data or has no codes,
@@ -100,7 +103,9 @@ def tokenize(run: str | Path, dataset: str | Path, out: str | Path, merge: bool 
         waiting, running = iter(tasks), {}
         while True:
             for task in waiting:
-                running[remote.remote(trained.path, checkpoint, model_hash, source, *task, out.resolve(), merge)] = task
+                running[
+                    remote.remote(trained.path, checkpoint, model_hash, source, *task, out.resolve(), merge, raw)
+                ] = task
                 if len(running) >= at_once:
                     break
             if not running:
@@ -138,7 +143,15 @@ def tokenize(run: str | Path, dataset: str | Path, out: str | Path, merge: bool 
 
 
 def _tokenize_shard(
-    run: Path, checkpoint: Path, model_hash: str, source: Path | str, split: str, shard: int, out: Path, merge: bool
+    run: Path,
+    checkpoint: Path,
+    model_hash: str,
+    source: Path | str,
+    split: str,
+    shard: int,
+    out: Path,
+    merge: bool,
+    raw: bool,
 ) -> tuple[dict[str, Any], dict[str, list[int]]]:
     """One shard of codes; returns its manifest entry, and the shape of a sample's codes by level. Runs in a Ray
     worker."""
@@ -150,7 +163,7 @@ def _tokenize_shard(
     buffer, tokens = io.BytesIO(), 0
     shapes: dict[str, list[int]] = {}
     with tarfile.open(fileobj=buffer, mode="w", format=tarfile.USTAR_FORMAT) as archive:
-        model, recipe = _load_once(run, checkpoint, model_hash)
+        model, recipe = _load_once(run, checkpoint, model_hash, raw)
         indexes = range(first, first + entries[shard].samples)
         for key, levels, facts in _codes_of(model, recipe, dataset, indexes):
             if dataset.kind == "speech":
@@ -237,14 +250,14 @@ def _speech_codes(
 
 
 @lru_cache(maxsize=1)
-def _load_once(run: Path, checkpoint: Path, model_hash: str) -> tuple[Any, Any]:
+def _load_once(run: Path, checkpoint: Path, model_hash: str, raw: bool) -> tuple[Any, Any]:
     """A worker keeps the model for its next shard. ``model_hash`` is of the recipe and of the checkpoint's manifest,
     which holds the hashes of its files: paths alone don't tell one model from another.
     """
     import torch
 
     torch.set_num_threads(1)  # one Ray CPU, one thread
-    return Run(run).load_model(checkpoint)
+    return Run(run).load_model(checkpoint, raw=raw)
 
 
 def _layout(recipe: Any) -> dict[str, Any]:

@@ -1,8 +1,9 @@
 """Checkpoints that exist whole or not at all (design rule 7), in a form that any layout of ranks reads.
 
 ``checkpoints/step-00001000/`` holds ``rank-00000.safetensors`` …, each with the stretches of weights and moments that
-its rank kept (:mod:`pipeline.training.engine_state`), rank 0's with the buffers too, and copies of the recipe and the
-environment. ``manifest.json`` comes last, with every file's sha256; a folder without it is not a checkpoint.
+its rank kept (:mod:`pipeline.training.engine_state`) and of the weights' average, if there is one, rank 0's with the
+buffers too, and copies of the recipe and the environment. ``manifest.json`` comes last, with every file's sha256; a
+folder without it is not a checkpoint.
 
 Random state is not in it: every draw is a function of the seed, the step and the sample.
 """
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
     import torch
     from deepspeed import DeepSpeedEngine
 
+    from pipeline.training.average import WeightAverage
     from pipeline.training.engine_state import Piece
 
 FORMAT_VERSION = 2
@@ -183,9 +185,11 @@ class CheckpointReader:
         }
 
 
-def load_checkpoint(engine: DeepSpeedEngine, checkpoint: Path) -> CheckpointManifest:
-    """Restore weights, optimiser and codebooks into ``engine``, bit for bit, whatever number of ranks and ZeRO stage
-    wrote them. Called by every rank.
+def load_checkpoint(
+    engine: DeepSpeedEngine, checkpoint: Path, average: WeightAverage | None = None
+) -> CheckpointManifest:
+    """Restore weights, optimiser and codebooks into ``engine``, and the weights' average, bit for bit, whatever number
+    of ranks and ZeRO stage wrote them. Called by every rank.
 
     Raises :class:`CheckpointError` when the checkpoint is of another model.
     """
@@ -195,17 +199,22 @@ def load_checkpoint(engine: DeepSpeedEngine, checkpoint: Path) -> CheckpointMani
         manifest = reader.manifest
         _check_model(checkpoint, manifest.parameters, parameter_shapes(engine.module))
         load_state(engine, reader, reader.buffers(), manifest.optimizer_steps)
+        if average is not None:
+            average.load(reader)
     return manifest
 
 
-def read_weights(checkpoint: Path) -> dict[str, torch.Tensor]:
-    """The model's state dict in fp32 on the CPU: weights and codebook state, gathered from every rank's files."""
-    from pipeline.training.engine_state import WEIGHT
+def read_weights(checkpoint: Path, raw: bool = False) -> dict[str, torch.Tensor]:
+    """The model's state dict in fp32 on the CPU: weights and codebook state, gathered from every rank's files. Weights
+    of which there is an average are that, unless ``raw``."""
+    from pipeline.training.engine_state import AVERAGE, WEIGHT
 
     with CheckpointReader(checkpoint) as reader:
         state = reader.buffers()
         for name, shape in reader.manifest.parameters.items():
-            values = reader.read(name, WEIGHT, 0, _numel(shape))
+            values = None if raw else reader.read(name, AVERAGE, 0, _numel(shape))
+            if values is None:
+                values = reader.read(name, WEIGHT, 0, _numel(shape))
             if values is None:
                 raise CheckpointError(f"{checkpoint} lacks the weight {name}")
             state[name] = values.view(shape)

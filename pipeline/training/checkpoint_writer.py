@@ -19,6 +19,7 @@ from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from uuid import uuid4
@@ -44,6 +45,7 @@ if TYPE_CHECKING:
     from deepspeed import DeepSpeedEngine
     from torch import Tensor
 
+    from pipeline.training.average import WeightAverage
     from pipeline.training.run_lock import RunLock
 
 logger = logging.getLogger("tessera")
@@ -79,10 +81,16 @@ class CheckpointWriter:
     """Writes the checkpoints of one run; every rank has one and calls the same methods in the same order."""
 
     def __init__(
-        self, folder: Path, retention: Retention, beside: Sequence[Path] = (), lock: RunLock | None = None
+        self,
+        folder: Path,
+        retention: Retention,
+        beside: Sequence[Path] = (),
+        lock: RunLock | None = None,
+        average: WeightAverage | None = None,
     ) -> None:
         """``beside``: files of the run folder that each checkpoint gets a copy of. ``lock``: of the run folder; none
-        where nobody else could write there."""
+        where nobody else could write there. ``average``: of the weights, if there is one."""
+        self._average = average
         self.folder = folder
         self._lock = lock
         self.retention = retention
@@ -108,7 +116,8 @@ class CheckpointWriter:
         if self.pending:
             self.commit()
         rank = collectives.rank()
-        tensors = {piece_key(piece): _host_copy(piece.values) for piece in owned_pieces(engine)}
+        pieces = chain(owned_pieces(engine), self._average.pieces() if self._average else ())
+        tensors = {piece_key(piece): _host_copy(piece.values) for piece in pieces}
         if rank == 0:
             tensors |= {buffer_key(name): _host_copy(value) for name, value in buffers(engine.module).items()}
         steps: dict[str, float] = {}

@@ -11,15 +11,30 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 
 class OptimizerConfig(BaseModel):
-    """Adam or AdamW; codebooks, norms and biases never get weight decay."""
+    """AdamW, Adam or SGD; codebooks, norms and biases never get weight decay."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    kind: Literal["adamw", "adam"] = "adamw"
+    kind: Literal["adamw", "adam", "sgd"] = "adamw"
     learning_rate: float = Field(5e-4, gt=0, description="peak learning rate")
-    betas: tuple[float, float] = Field((0.9, 0.98), description="decay rates of the two moments")
-    epsilon: float = Field(1e-6, gt=0)
+    betas: tuple[float, float] = Field((0.9, 0.98), description="adamw and adam: decay rates of the two moments")
+    epsilon: float = Field(1e-6, gt=0, description="adamw and adam: added to the root of the second moment")
+    momentum: float = Field(0.0, ge=0, lt=1, description="sgd: share of the steps before that goes on")
     weight_decay: float = Field(0.01, ge=0)
+
+    @property
+    def moments(self) -> int:
+        """Numbers that are kept of each weight."""
+        return 2 if self.kind != "sgd" else int(self.momentum > 0)
+
+    @model_validator(mode="after")
+    def _momentum_belongs_to_sgd(self) -> OptimizerConfig:
+        if self.momentum and self.kind != "sgd":
+            raise ValueError(
+                f"momentum={self.momentum} means nothing for kind={self.kind}, whose first of betas it is: use 0, or "
+                "kind=sgd"
+            )
+        return self
 
 
 class ScheduleConfig(BaseModel):
@@ -27,11 +42,15 @@ class ScheduleConfig(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    kind: Literal["constant", "polynomial", "cosine", "tri_stage"] = "polynomial"
+    kind: Literal["constant", "polynomial", "cosine", "tri_stage", "step"] = "polynomial"
     warmup_steps: int = Field(0, ge=0, description="linear rise from 0 to the peak")
     hold_steps: int = Field(0, ge=0, description="tri_stage only: steps at the peak before the decay")
-    final_factor: float = Field(0.0, ge=0, le=1, description="factor reached at the last step")
+    final_factor: float = Field(0.0, ge=0, le=1, description="factor reached at the last step; not of step")
     power: float = Field(1.0, gt=0, description="polynomial only: 1 is a straight line")
+    milestones: tuple[int, ...] = Field(
+        (), description="step only: steps from which on the rate is factor times as high"
+    )
+    factor: float = Field(0.1, gt=0, lt=1, description="step only: of the rate, at each milestone")
 
     @model_validator(mode="after")
     def _hold_belongs_to_tri_stage(self) -> ScheduleConfig:
@@ -39,6 +58,14 @@ class ScheduleConfig(BaseModel):
             raise ValueError(
                 f"hold_steps={self.hold_steps} means nothing for kind={self.kind}: use kind=tri_stage or 0"
             )
+        rising = all(one < next_one for one, next_one in zip(self.milestones, self.milestones[1:], strict=False))
+        if self.kind == "step" and not (self.milestones and rising and self.milestones[0] > self.warmup_steps):
+            raise ValueError(
+                f"milestones={list(self.milestones)} of kind=step: use steps that rise and come after "
+                f"warmup_steps={self.warmup_steps}, such as [30000, 60000]"
+            )
+        if self.kind != "step" and self.milestones:
+            raise ValueError(f"milestones={list(self.milestones)} mean nothing for kind={self.kind}: use kind=step")
         return self
 
 
@@ -85,6 +112,12 @@ class TrainingConfig(BaseModel):
     keep_checkpoints: int = Field(3, ge=1, description="how many of the newest checkpoints stay")
     keep_every: int = Field(0, ge=0, description="checkpoints of every so many steps stay too; 0: none")
     keep_best: bool = Field(False, description="the checkpoint with the least training loss stays too")
+    weight_ema: float = Field(
+        0.0,
+        ge=0,
+        lt=1,
+        description="share that an average of the weights, for evaluation and exports, keeps at each step; 0: none",
+    )
     max_skipped: int = Field(
         5, ge=1, description="steps in a row without a finite loss and gradient, which are skipped, that end the run"
     )

@@ -25,7 +25,8 @@ if TYPE_CHECKING:
     from deepspeed import DeepSpeedEngine
 
 WEIGHT = "weight"
-MOMENTS = ("exp_avg", "exp_avg_sq")  # Adam's, under torch's names
+AVERAGE = "average"  # of a weight, kept beside the engine (pipeline.training.average)
+MOMENTS = ("exp_avg", "exp_avg_sq", "momentum_buffer")  # Adam's and SGD's, under torch's names
 GATHERED_AT_ONCE = 2**27
 """Elements of weights that ZeRO 3 gathers at one time while they are loaded: 512 MB."""
 
@@ -36,7 +37,7 @@ class Piece:
 
     name: str
     part: str
-    """:data:`WEIGHT` or one of :data:`MOMENTS`."""
+    """:data:`WEIGHT`, :data:`AVERAGE` or one of :data:`MOMENTS`."""
     start: int
     values: Tensor
     """fp32 ``(n,)``, elements ``start … start + n``: the engine's own memory."""
@@ -77,7 +78,7 @@ def owned_pieces(engine: DeepSpeedEngine) -> Iterator[Piece]:
         if stretch.numel:
             yield Piece(name, WEIGHT, stretch.start, stretch.of(stretch.owner))
             for moment in MOMENTS:
-                if moment in state.get(stretch.owner, {}):
+                if state.get(stretch.owner, {}).get(moment) is not None:
                     yield Piece(name, moment, stretch.start, stretch.of(state[stretch.owner][moment]))
 
 
@@ -115,6 +116,7 @@ def load_state(
     engine.module.load_state_dict(dict(saved_buffers), strict=False)
     _load_weights(engine.module, source)
     state = _optimizer(engine).state
+    sgd = isinstance(_optimizer(engine), torch.optim.SGD)  # which counts no steps
     for name, parameter in engine.module.named_parameters():
         stretch = _stretch(engine, parameter)
         if stretch is None or not parameter.requires_grad:
@@ -122,13 +124,15 @@ def load_state(
         flat = stretch.owner is not parameter
         if flat:  # the engine's fp32 copy
             stretch.of(stretch.owner).copy_(_need(source, name, stretch.start, stretch.numel))
-        elif name not in steps:
+        elif not sgd and name not in steps:
             continue  # the optimiser begins a parameter's state with its first gradient
         entry = state[stretch.owner]
-        entry.setdefault("step", torch.tensor(0.0)).fill_(max(steps.values(), default=0.0) if flat else steps[name])
-        for moment in MOMENTS:
-            room = entry.setdefault(moment, torch.zeros_like(stretch.owner))
+        if not sgd:
+            entry.setdefault("step", torch.tensor(0.0)).fill_(max(steps.values(), default=0.0) if flat else steps[name])
+        for moment in MOMENTS[-1:] if sgd else MOMENTS[:-1]:
             values = source.read(name, moment, stretch.start, stretch.numel)
+            if values is not None or not sgd:
+                room = entry.setdefault(moment, torch.zeros_like(stretch.owner))
             if values is not None:
                 stretch.of(room).copy_(values)
 

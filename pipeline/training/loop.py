@@ -22,6 +22,7 @@ from pipeline.models import build_collation, build_model
 from pipeline.models.batch_norm import NormSync
 from pipeline.models.initialise import initialise
 from pipeline.training.alarms import Alarms
+from pipeline.training.average import WeightAverage
 from pipeline.training.checkpoint import CheckpointError, load_checkpoint, read_manifest
 from pipeline.training.checkpoint_writer import CheckpointWriter, Retention
 from pipeline.training.engine import build_engine, join_process_group
@@ -117,9 +118,10 @@ def _train_phase(phase: Phase, run: Run, device: torch.device, lock: RunLock, pr
         quantizer.spoils_infinite = True  # the guard and the engine skip such a step on all ranks
 
     engine, loss_scale = build_engine(model, optimizer, recipe.engine, accumulation)
+    average = WeightAverage(engine, recipe.training.weight_ema) if recipe.training.weight_ema else None
     start = 0
     if checkpoint is not None:
-        manifest = load_checkpoint(engine, checkpoint)
+        manifest = load_checkpoint(engine, checkpoint, average)
         start = manifest.step
         loss_scale.load(manifest.loss_scale)
     sync.check_ranks_agree()
@@ -129,7 +131,7 @@ def _train_phase(phase: Phase, run: Run, device: torch.device, lock: RunLock, pr
     meter, throughput = StepMeter(), Throughput(device, recipe.engine.precision)
     alarms, guard = Alarms(_negatives(recipe)), SkipGuard(recipe.training.max_skipped)
     retention = Retention(recipe.training.keep_checkpoints, recipe.training.keep_every, recipe.training.keep_best)
-    writer = CheckpointWriter(folder.checkpoints, retention, [folder.recipe_file, run.environment_file], lock)
+    writer = CheckpointWriter(folder.checkpoints, retention, [folder.recipe_file, run.environment_file], lock, average)
     retry_at, loss = 0, None
     loader = load(start)
 
@@ -176,6 +178,8 @@ def _train_phase(phase: Phase, run: Run, device: torch.device, lock: RunLock, pr
                 guard.note(step, applied, micro_batches, loss_scale.update(applied))
                 health = sync.step() if applied else sync.discard()
                 norms.step() if applied else norms.discard()
+                if applied and average is not None:
+                    average.update(step)
                 done = step + 1
                 if done % recipe.codebooks.check_every == 0:
                     sync.check_ranks_agree()

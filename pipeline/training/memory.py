@@ -36,21 +36,23 @@ class ModelSizes:
     pending: int
     """Bytes of a step's statistics of codebooks."""
 
-    @property
-    def checkpoint(self) -> int:
-        """Bytes of a checkpoint on disk, of all ranks: weights, two moments and codebooks."""
-        return 3 * WIDTH * self.parameters + self.codebook_state
+    def checkpoint(self, moments: int, averaged: bool) -> int:
+        """Bytes of a checkpoint on disk, of all ranks: weights, their average if there is one, the optimiser's moments
+        and codebooks."""
+        return (1 + moments + averaged) * WIDTH * self.parameters + self.codebook_state
 
 
 @dataclass(frozen=True)
 class RankMemory:
-    """Bytes on a rank: the first five stay for the whole run, ``activations`` and ``step`` come and go in turn."""
+    """Bytes on a rank: the first six stay for the whole run, ``activations`` and ``step`` come and go in turn."""
 
     weights: int
     """The rank's share under ZeRO 3, and all of them while they are gathered."""
     gradients: int
     optimizer: int
-    """Both moments, and the share of the weights that ZeRO updates."""
+    """The moments, and the share of the weights that ZeRO updates."""
+    average: int
+    """Its share of the weights' average."""
     codebooks: int
     micro_batches: int
     """On a CPU all that are decoded ahead, on a GPU the one that is worked on."""
@@ -63,7 +65,7 @@ class RankMemory:
     @property
     def total(self) -> int:
         """Most at one time."""
-        kept = self.weights + self.gradients + self.optimizer + self.codebooks + self.micro_batches
+        kept = self.weights + self.gradients + self.optimizer + self.average + self.codebooks + self.micro_batches
         return kept + self.buckets + max(self.activations, self.step)
 
 
@@ -88,8 +90,11 @@ def rank_memory(
     ranks: int,
     accumulation: int,
     ahead: int,
+    moments: int = 2,
+    averaged: bool = False,
 ) -> RankMemory:
-    """A rank's memory: ``accumulation`` micro-batches a step and rank, ``ahead`` steps decoded ahead."""
+    """A rank's memory: ``accumulation`` micro-batches a step and rank, ``ahead`` steps decoded ahead; ``moments`` that
+    the optimiser keeps of a weight, and whether an average of the weights is kept too."""
     stage, whole = engine.zero_stage, WIDTH * sizes.parameters
     share = -(-whole // ranks)
     settings = engine_settings(engine, accumulation, sizes.parameters)["zero_optimization"]
@@ -103,7 +108,8 @@ def rank_memory(
     memory = RankMemory(
         weights=whole,
         gradients=whole,
-        optimizer=2 * share + share,
+        optimizer=moments * share + share,
+        average=share if averaged else 0,
         codebooks=sizes.codebook_state + 2 * sizes.pending,
         micro_batches=found.batch * (accumulation * (ahead + 1) if device == "cpu" else 1),
         buckets=bucket,
@@ -111,7 +117,7 @@ def rank_memory(
         step=working,
     )
     if stage == 0:
-        return replace(memory, optimizer=2 * whole, step=max(sent, temporary))
+        return replace(memory, optimizer=moments * whole, step=max(sent, temporary))
     if stage == 2:
         return replace(memory, gradients=share, step=max(working, share + min(sent, share)))
     if stage == 3:

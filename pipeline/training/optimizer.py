@@ -1,6 +1,6 @@
 """The optimiser and which parameters it decays.
 
-In: a model and an OptimizerConfig. Out: a torch optimiser for DeepSpeed to wrap. torch's own Adam, so that nothing is
+In: a model and an OptimizerConfig. Out: a torch optimiser for DeepSpeed to wrap. torch's own, so that nothing is
 compiled at start-up and the CPU and the GPU run the same update.
 """
 
@@ -37,11 +37,9 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:
 
 
 def build_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.Optimizer:
-    """AdamW or Adam over :func:`parameter_groups`; the loop sets the learning rate before each step."""
+    """AdamW, Adam or SGD over :func:`parameter_groups`; the loop sets the learning rate before each step."""
+    groups = parameter_groups(model, config.weight_decay)
+    if config.kind == "sgd":
+        return torch.optim.SGD(groups, lr=config.learning_rate, momentum=config.momentum)
     kind = {"adamw": torch.optim.AdamW, "adam": torch.optim.Adam}[config.kind]
-    return kind(
-        parameter_groups(model, config.weight_decay),
-        lr=config.learning_rate,
-        betas=config.betas,
-        eps=config.epsilon,
-    )
+    return kind(groups, lr=config.learning_rate, betas=config.betas, eps=config.epsilon)

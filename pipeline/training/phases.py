@@ -2,9 +2,9 @@
 
 In: a run folder and its recipe, on every rank. Out: the phases that are not finished, each with where it begins. A
 finished phase has the checkpoint of its last step, whole. A phase is a run of its own: its steps, schedule, optimiser,
-log and sampling plan begin anew, its weights are those that the phase before ended with, and its codes come from
-k-means over real latents where ``codebooks.initialise`` says so (Zhao et al., arXiv 2411.16550: an encoder trained
-without a quantizer gives k-means latents that are worth clustering).
+log and sampling plan begin anew. Its weights are those that the phase before ended with, or their average where that
+kept one, and its codes come from k-means over real latents where ``codebooks.initialise`` says so (Zhao et al., arXiv
+2411.16550: an encoder trained without a quantizer gives k-means latents that are worth clustering).
 """
 
 from __future__ import annotations

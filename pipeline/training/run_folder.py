@@ -28,6 +28,8 @@ MAY_CHANGE = (
     "description",
 )
 """Keys of a recipe, and of its phases, that may differ when a run is resumed."""
+STAYS = ("training.weight_ema",)
+"""But for these."""
 _PHASE = re.compile(r"^phases\.\d+\.")
 
 
@@ -91,9 +93,7 @@ class Run:
         begun = [number for number, (folder, _) in enumerate(self.phases(recipe)) if folder.list_checkpoints()]
         ended = {f"phases.{number}.training.steps" for number in range(max(begun, default=0))}
         refused = {
-            key: values
-            for key, values in changed.items()
-            if key in ended or not _PHASE.sub("", key).startswith(MAY_CHANGE)
+            key: values for key, values in changed.items() if key in ended or not _may_change(_PHASE.sub("", key))
         }
         if refused:
             lines = "\n".join(f"  {key}: {old!r} there, {new!r} here" for key, (old, new) in refused.items())
@@ -125,11 +125,12 @@ class Run:
         """The newest whole checkpoint, every file's hash compared, or None."""
         return find_latest(self.checkpoints)[0]
 
-    def load_model(self, checkpoint: Path | None = None, device: str = "cpu") -> tuple[Any, Recipe]:
+    def load_model(self, checkpoint: Path | None = None, device: str = "cpu", raw: bool = False) -> tuple[Any, Recipe]:
         """The trained model (an ``nn.Module`` in evaluation mode, weights and codebooks in fp32) and the recipe.
 
-        ``checkpoint`` is one of :meth:`list_checkpoints`, by default the latest whole one. Raises CheckpointError when
-        there is none.
+        ``checkpoint`` is one of :meth:`list_checkpoints`, by default the latest whole one. The weights are averaged
+        where the run has averaged them (``training.weight_ema``), and with ``raw`` those that were trained. Raises
+        CheckpointError when there is none.
         """
         from pipeline.models import build_model
         from pipeline.training.checkpoint import read_weights
@@ -141,5 +142,9 @@ class Run:
                 f"{self.checkpoints} holds no whole checkpoint: train first, `tessera train RECIPE --run {self.path}`"
             )
         model = build_model(recipe.model, recipe.quantizer)
-        model.load_state_dict(read_weights(checkpoint))
+        model.load_state_dict(read_weights(checkpoint, raw=raw))
         return model.to(device).eval(), recipe
+
+
+def _may_change(key: str) -> bool:
+    return key.startswith(MAY_CHANGE) and key not in STAYS

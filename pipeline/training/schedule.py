@@ -14,10 +14,12 @@ def learning_rate_factor(schedule: ScheduleConfig, step: int, steps: int) -> flo
     """Factor of the peak learning rate used by optimiser step ``step`` (counted from 0) of ``steps``.
 
     Warm-up is linear and ends at factor 1 on step ``warmup_steps``; the decay ends at ``final_factor`` on the last
-    step.
+    step. A ``step`` schedule is lowered from each of its milestones on.
     """
     if step < schedule.warmup_steps:
         return (step + 1) / (schedule.warmup_steps + 1)
+    if schedule.kind == "step":
+        return schedule.factor ** sum(step >= milestone for milestone in schedule.milestones)
     decay_start = schedule.warmup_steps + schedule.hold_steps
     if schedule.kind == "constant" or step < decay_start:
         return 1.0

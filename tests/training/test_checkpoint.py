@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from pipeline.quantizers import build_quantizer
+from pipeline.training.average import WeightAverage, decay_after
 from pipeline.training.checkpoint import (
     CheckpointError,
     CheckpointReader,
@@ -27,6 +28,7 @@ from tests.distributed.harness import run_ranks
 
 STAGES = (0, 1, 2, 3)
 STEPS = 3
+DECAY = 0.2
 
 
 class Model(nn.Module):
@@ -48,7 +50,7 @@ class Model(nn.Module):
         return sum(output.vectors.square().sum() + sum(output.losses.values()) for output in outputs)
 
 
-def _engine(stage, seed):
+def _engine(stage, seed, **optimizer_options):
     from pipeline import collectives
     from pipeline.codebooks import CodebookSync
     from pipeline.training.config import EngineConfig, OptimizerConfig
@@ -61,7 +63,7 @@ def _engine(stage, seed):
     deepspeed = import_deepspeed()
     deepspeed.init_distributed("gloo", auto_mpi_discovery=False, verbose=False)
     model = Model(seed)
-    optimizer = build_optimizer(model, OptimizerConfig(learning_rate=0.01))
+    optimizer = build_optimizer(model, OptimizerConfig(**{"learning_rate": 0.01} | optimizer_options))
     sync = CodebookSync(model, optimizer=optimizer)
     settings = engine_settings(EngineConfig(zero_stage=stage), 1, 200)
     # Some of these small parameters stay whole under ZeRO 3, others are partitioned.
@@ -72,7 +74,7 @@ def _engine(stage, seed):
     return engine, sync, collectives.rank()
 
 
-def _advance(engine, sync, rank, steps, poison=()):
+def _advance(engine, sync, rank, steps, poison=(), average=None):
     applied = []
     for step in steps:
         torch.manual_seed(10 * step + rank)
@@ -83,6 +85,8 @@ def _advance(engine, sync, rank, steps, poison=()):
         applied.append(engine.was_step_applied())
         if applied[-1]:
             sync.step()
+            if average is not None:
+                average.update(step)
         else:
             sync.discard()
     return applied
@@ -101,24 +105,44 @@ def _facts(stage, loss=None):
 def _save_all(folder):
     for stage in STAGES:
         engine, sync, rank = _engine(stage, seed=0)
-        _advance(engine, sync, rank, range(STEPS))
-        CheckpointWriter(Path(folder) / str(stage), Retention(1)).save_and_wait(engine, STEPS, _facts(stage))
+        average = WeightAverage(engine, DECAY)
+        expected = {}
+        for step in range(STEPS):
+            weights = _whole_weights(engine)
+            expected = expected or weights
+            _advance(engine, sync, rank, [step], average=average)
+            share = 1 - min(DECAY, (1 + step) / (10 + step))
+            for name, after in _whole_weights(engine).items():
+                expected[name] = (1 - share) * expected[name] + share * after
+        if rank == 0:
+            torch.save(expected, Path(folder) / f"average-{stage}")
+        writer = CheckpointWriter(Path(folder) / str(stage), Retention(1), average=average)
+        writer.save_and_wait(engine, STEPS, _facts(stage))
+
+
+def _whole_weights(engine):
+    """fp64, from all ranks."""
+    from pipeline.codebooks.engine_parameters import gathered
+
+    with gathered(list(engine.module.parameters())):
+        return {name: parameter.detach().double().clone() for name, parameter in engine.module.named_parameters()}
 
 
 def _convert(folder, pairs):
     """Load each source stage's checkpoint under another stage into other weights, and save it at once."""
     for source, stage in pairs:
         engine, *_ = _engine(stage, seed=1)
-        load_checkpoint(engine, Path(folder) / str(source) / checkpoint_name(STEPS))
+        average = WeightAverage(engine, DECAY)
+        load_checkpoint(engine, Path(folder) / str(source) / checkpoint_name(STEPS), average)
         target = Path(folder) / f"{source}-{stage}"
-        CheckpointWriter(target, Retention(1)).save_and_wait(engine, STEPS, _facts(stage))
+        CheckpointWriter(target, Retention(1), average=average).save_and_wait(engine, STEPS, _facts(stage))
 
 
 def _contents(checkpoint):
     with CheckpointReader(checkpoint) as reader:
         found = reader.buffers()
         for name, shape in reader.manifest.parameters.items():
-            for part in ("weight", "exp_avg", "exp_avg_sq"):
+            for part in ("weight", "average", "exp_avg", "exp_avg_sq"):
                 values = reader.read(name, part, 0, math.prod(shape))
                 # Where an optimiser has seen no gradient, ZeRO keeps zeros and torch keeps nothing.
                 if values is not None and (part == "weight" or values.any()):
@@ -143,6 +167,7 @@ def _check_conversions(folder, ranks, pairs):
         for name, values in expected.items():
             assert torch.equal(values, actual[name]), (source, stage, name)
         assert sum(name.startswith("exp_avg ") for name in expected) == 5  # all that has a gradient
+        assert sum(name.startswith("average ") for name in expected) == 7  # and what is not frozen
         steps = read_manifest(original).optimizer_steps, read_manifest(converted).optimizer_steps
         assert {steps[1][name] for name in steps[0]} == {STEPS}
 
@@ -159,13 +184,55 @@ def test_all_layouts_read_one_another(saved, ranks):
 
 
 def test_weights_are_those_of_the_ranks(saved):
-    states = [read_weights(saved / str(stage) / checkpoint_name(STEPS)) for stage in STAGES]
+    states = [read_weights(saved / str(stage) / checkpoint_name(STEPS), raw=True) for stage in STAGES]
     assert states[0].keys() == Model(0).state_dict().keys()
     for state in states[1:]:
         for name, values in states[0].items():
             torch.testing.assert_close(state[name], values, atol=1e-6, rtol=1e-5, msg=name)
     assert torch.equal(states[0]["frozen.weight"], Model(0).frozen.weight)
     assert int(states[0]["averaged.updates"]) == STEPS
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_the_average_is_that_of_whole_weights_and_what_is_read(saved, stage):
+    checkpoint = saved / str(stage) / checkpoint_name(STEPS)
+    averaged, raw = read_weights(checkpoint), read_weights(checkpoint, raw=True)
+    expected = torch.load(saved / f"average-{stage}")
+    for name, values in averaged.items():
+        if name in expected:
+            torch.testing.assert_close(values.double(), expected[name], atol=1e-7, rtol=1e-6, msg=name)
+        else:
+            assert torch.equal(values, raw[name]), "state of codebooks is as it is"
+    assert not torch.equal(averaged["first.weight"], raw["first.weight"])
+    assert torch.equal(averaged["frozen.weight"], raw["frozen.weight"])
+
+
+def test_the_average_of_a_short_run_is_not_its_beginning():
+    assert [decay_after(steps, 0.999) for steps in (0, 10, 8990, 10**6)] == [0.1, 0.55, 0.999, 0.999]
+    assert decay_after(0, 0.05) == 0.05
+
+
+def _momentum_goes_on(folder):
+    """Whether SGD's steps after a checkpoint are those without it, by stage."""
+    found = {}
+    for stage in STAGES:
+        sgd = {"kind": "sgd", "momentum": 0.9, "learning_rate": 1e-3}
+        engine, sync, rank = _engine(stage, seed=0, **sgd)
+        _advance(engine, sync, rank, range(STEPS))
+        writer = CheckpointWriter(Path(folder) / str(stage), Retention(1))
+        writer.save_and_wait(engine, STEPS, _facts(stage))
+        resumed, its_sync, _ = _engine(stage, seed=1, **sgd)
+        load_checkpoint(resumed, Path(folder) / str(stage) / checkpoint_name(STEPS))
+        for each, of_each in ((engine, sync), (resumed, its_sync)):
+            _advance(each, of_each, rank, [STEPS, STEPS + 1])
+        weights = _whole_weights(engine), _whole_weights(resumed)
+        found[stage] = {name: torch.equal(values, weights[1][name]) for name, values in weights[0].items()}
+    return found
+
+
+def test_momentum_goes_on_after_a_resume(tmp_path):
+    for found in run_ranks(_momentum_goes_on, 2, str(tmp_path), timeout=240):
+        assert all(same for of_stage in found.values() for same in of_stage.values()), found
 
 
 def _load_another_model(folder):

@@ -101,6 +101,17 @@ def test_every_kind_of_quantizer_has_a_plan(kind):
     )
 
 
+def test_an_average_of_weights_and_an_optimizer_with_less_state_are_planned():
+    """Each rank averages its share of the weights, under every stage."""
+    plain, averaged = (plan_memory(load_recipe(IMAGE, more), 2, "gpu") for more in ([], ["training.weight_ema=0.9"]))
+    share = 2 * plain[0].parameters
+    assert [averaged[1][stage].total - plain[1][stage].total for stage in range(4)] == [share] * 4
+    sgd = plan_memory(load_recipe(IMAGE, ["optimizer.kind=sgd", "optimizer.momentum=0.9"]), 2, "gpu")
+    assert [plain[1][stage].optimizer - sgd[1][stage].optimizer for stage in range(4)] == [2 * share] + [share] * 3
+    sizes = [plain[0].checkpoint(moments, averages) for moments, averages in ((2, False), (1, False), (0, True))]
+    assert sizes == [6 * share + plain[0].codebook_state] + [4 * share + plain[0].codebook_state] * 2
+
+
 def test_stages_share_out_what_they_name():
     recipe = load_recipe(IMAGE, ["batch.micro_batches=64"])
     sizes, by_stage, *_ = plan_memory(recipe, 64, "gpu")

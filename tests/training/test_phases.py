@@ -178,6 +178,8 @@ def test_a_damaged_end_of_the_first_phase_is_trained_again(image_dataset, folder
     ("change", "message"),
     [
         ("phases.0.optimizer.learning_rate=0.5", "phases.0.optimizer.learning_rate: 0.001 there, 0.5 here"),
+        ("phases.0.training.weight_ema=0.9", "phases.0.training.weight_ema: 0.0 there, 0.9 here"),
+        ("training.weight_ema=0.9", "training.weight_ema: 0.0 there, 0.9 here"),
         ("phases.0.steps=7", f"phases.0.training.steps: {FIRST} there, 7 here"),
         ("phases=[{quantizer: identity, steps: 6}, {}, {initialise: kmeans}]", "phases: 2 there, 3 here"),
     ],

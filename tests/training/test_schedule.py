@@ -2,7 +2,7 @@
 
 import pytest
 
-from pipeline.training.config import ScheduleConfig
+from pipeline.training.config import OptimizerConfig, ScheduleConfig
 from pipeline.training.schedule import learning_rate_factor
 
 STEPS = 100
@@ -23,6 +23,34 @@ def test_decay_ends_at_the_final_factor(kind, middle, last):
     schedule = ScheduleConfig(kind=kind, final_factor=0.2)
     assert learning_rate_factor(schedule, 50, 101) == pytest.approx(middle)
     assert learning_rate_factor(schedule, 100, 101) == pytest.approx(last)
+
+
+def test_step_falls_at_its_milestones():
+    schedule = ScheduleConfig(kind="step", warmup_steps=4, milestones=(30, 60), factor=0.1)
+    steps = (0, 4, 29, 30, 59, 60, 99)
+    assert [learning_rate_factor(schedule, step, STEPS) for step in steps] == pytest.approx(
+        [0.2, 1.0, 1.0, 0.1, 0.1, 0.01, 0.01]
+    )
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"kind": "step"}, "use steps that rise"),
+        ({"kind": "step", "milestones": (60, 30)}, "use steps that rise"),
+        ({"kind": "step", "milestones": (10,), "warmup_steps": 10}, "come after warmup_steps=10"),
+        ({"kind": "cosine", "milestones": (10,)}, "mean nothing for kind=cosine"),
+    ],
+)
+def test_milestones_that_mean_nothing_are_refused(values, message):
+    with pytest.raises(ValueError, match=message):
+        ScheduleConfig(**values)
+
+
+def test_momentum_belongs_to_sgd():
+    with pytest.raises(ValueError, match=r"momentum=0.9 means nothing for kind=adamw"):
+        OptimizerConfig(momentum=0.9)
+    assert [OptimizerConfig(kind="sgd", momentum=momentum).moments for momentum in (0.0, 0.9)] == [0, 1]
 
 
 def test_tri_stage_holds_the_peak():
