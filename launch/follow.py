@@ -49,6 +49,7 @@ class LogReader:
 LEARNING = {
     "loss": "loss {:.4f}",
     "accuracy": "accuracy {:.1%}",
+    "class_accuracy": "accuracy {:.1%}",
     "codebook_perplexity": "perplexity {:.1f}",
     "codebook_usage": "usage {:.0%}",
     "grad_norm": "gradient {:.2g}",

@@ -167,6 +167,13 @@ class Recipe(BaseModel):
                 manifest = read_manifest(source.path)
             except (OSError, ManifestError) as error:
                 raise RecipeError(f"{key}.path={source.path}: {error}") from error
+            classes = getattr(self.model, "classes", None)
+            if classes is not None and not 0 < len(manifest.classes or ()) <= classes:
+                raise RecipeError(
+                    f"{key}.path={source.path} has {len(manifest.classes or ())} classes, model.classes={classes}: use "
+                    "a folder that `tessera prepare images` made of a tree with a folder for each class, and "
+                    "model.classes of their number"
+                )
             if manifest.kind != self.data_kind:
                 raise RecipeError(
                     f"{key}.path={source.path} holds {manifest.kind} data, model.kind={self.model.kind} reads "

@@ -57,6 +57,12 @@ class DataConfig(BaseModel):
     )
     resize: int | None = Field(None, ge=8, description="images: shorter side before the crop; none means image_size")
     random_crop: bool = Field(True, description="images: draw the crop's place; otherwise the centre")
+    crop_scale: tuple[float, float] | None = Field(
+        None, description="images: draw a crop of such a share of the area, least and most, and resize it; none: no"
+    )
+    crop_ratio: tuple[float, float] = Field(
+        (3 / 4, 4 / 3), description="images: width over height of crops by crop_scale, least and most"
+    )
     flip: bool = Field(True, description="images: mirror every other image, drawn per sample")
 
     cache: Path | None = Field(None, description="folder for shards of remote data; none means one for temporary files")
@@ -115,6 +121,16 @@ class DataConfig(BaseModel):
             raise ValueError(
                 f"max_seconds={self.max_seconds} is less than min_seconds={self.min_seconds}: no clip would be left"
             )
+        for name, most in (("crop_scale", 1.0), ("crop_ratio", float("inf"))):
+            limits = getattr(self, name)
+            if limits is not None and not 0 < limits[0] <= limits[1] <= most:
+                raise ValueError(
+                    f"{name}={list(limits)}: use least and most, above 0" + (" and up to 1" if most == 1 else "")
+                )
+        if self.crop_scale is not None and not self.random_crop:
+            raise ValueError(f"crop_scale={list(self.crop_scale)} means nothing with random_crop=false: leave one out")
+        if self.crop_scale is not None and self.fit == "stretch":
+            raise ValueError(f"crop_scale={list(self.crop_scale)} means nothing for fit=stretch, which crops nothing")
         if self.resize is not None and self.fit == "stretch":
             raise ValueError(f"resize={self.resize} means nothing for fit=stretch, which crops nothing: leave it out")
         if self.resize is not None and self.resize < self.image_size:

@@ -39,6 +39,7 @@ MEASURES = (
     Measure("valid_targets", "valid targets", percent, "targets with at least one valid distractor; these are counted"),
     Measure("valid_negatives", "valid negatives", percent, "distractors whose codes differ from the target's"),
     Measure("class_accuracy", "accuracy", percent, "images whose class is named"),
+    Measure("class_accuracy_top5", "top-5 accuracy", percent, "images whose class is among the first five guesses"),
     Measure("macro_precision", "precision", percent, "of the images named so, a mean over classes"),
     Measure("macro_recall", "recall", percent, "of the images of a class, a mean over classes"),
     Measure("macro_f1", "F1", percent, "harmonic mean of both, a mean over classes"),

@@ -37,7 +37,7 @@ def image_pictures(runs: Sequence[RunView]) -> list[str]:
     if decoding:
         parts += [page.heading("Originals and reconstructions", 3), reconstructions(decoding)]
     for run in shown:
-        if run.recipe.model.kind == "vit_som":  # a code of its map is a whole image
+        if run not in decoding or run.recipe.model.kind == "vit_som":  # a code of its map is a whole image
             continue
         for place, level in enumerate(quantizers_of(run.model)):
             parts += codebook_pictures(run, level, place)

@@ -18,6 +18,7 @@ import torch
 from pipeline.data import ImageCollation, ShardedDataset, epoch_batches, read_manifest
 from pipeline.data.storage import write_whole
 from pipeline.evaluation.catalogue import SYSTEMS, downstream_rows, present, shown
+from pipeline.evaluation.classification import measure_classifier
 from pipeline.evaluation.clustering import measure_map
 from pipeline.evaluation.distances import NetworkFiles
 from pipeline.evaluation.image import measure_images
@@ -70,14 +71,19 @@ def evaluate(
         raise ValueError(
             f"{run.path} holds a model of {recipe.data_kind} data: networks are given to compare images by"
         )
-    if files is not None and recipe.model.kind == "vit_som":
-        raise ValueError(f"{run.path} holds a map of images, which are not compared by networks: leave their files out")
+    if files is not None and recipe.model.kind in ("vit_som", "classifier"):
+        raise ValueError(
+            f"{run.path} holds a model of kind {recipe.model.kind}, whose images are not compared by networks: leave "
+            "their files out"
+        )
     dataset = open_split(recipe, data, split)
     limited = islice(ordered_batches(recipe, dataset), batches)
     if recipe.model.kind == "wav2vec2":
         metrics, counts = measure_speech(model, limited, recipe.model.masking.negatives, device)
     elif recipe.model.kind == "vit_som":
         metrics, counts = measure_map(model, limited, device)
+    elif recipe.model.kind == "classifier":
+        metrics, counts = measure_classifier(model, limited, device)
     else:
         metrics, counts = measure_images(model, limited, device, files or NetworkFiles())
     result = {

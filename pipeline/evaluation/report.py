@@ -28,6 +28,7 @@ CURVES = {
     "mse": "Reconstruction error (MSE)",
     "loss_classification": "Classification loss",
     "class_accuracy": "Accuracy",
+    "class_accuracy_top5": "Top-5 accuracy",
     "quantizer_distance": "Distance to the map",
     "quantizer_topographic_error": "Topographic error of the map",
     "codebook_perplexity": "Codebook perplexity",

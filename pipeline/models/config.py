@@ -9,6 +9,7 @@ from typing import Annotated
 
 from pydantic import Field
 
+from pipeline.models.classifier_config import ClassifierConfig
 from pipeline.models.image_config import AutoencoderConfig, SQVAEConfig, VQVAE2Config
 from pipeline.models.speech_config import STANDARD_KERNELS, Wav2Vec2Config
 from pipeline.models.vit_som_config import ViTSOMConfig
@@ -16,6 +17,7 @@ from pipeline.models.vit_som_config import ViTSOMConfig
 __all__ = [
     "ONLY",
     "AutoencoderConfig",
+    "ClassifierConfig",
     "ModelConfig",
     "SQVAEConfig",
     "STANDARD_KERNELS",
@@ -28,7 +30,8 @@ ONLY = ""
 """Level of a model's only quantizer."""
 
 ModelConfig = Annotated[
-    Wav2Vec2Config | AutoencoderConfig | SQVAEConfig | VQVAE2Config | ViTSOMConfig, Field(discriminator="kind")
+    Wav2Vec2Config | AutoencoderConfig | SQVAEConfig | VQVAE2Config | ViTSOMConfig | ClassifierConfig,
+    Field(discriminator="kind"),
 ]
 """Each member has ``kind``; ``reads``, the kind of data set it is trained on; ``quantizer_input``, the size of the
 vectors that go into its quantizer and the key that decides it; and with more than one quantizer ``levels``, their names

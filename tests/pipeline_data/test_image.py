@@ -45,6 +45,53 @@ def test_decoders_agree_and_the_fallback_reads_what_torchvision_refuses(image_so
         decode_image(b"\xff\xd8 no picture")
 
 
+def test_parts_have_the_area_and_shape_that_are_asked_for() -> None:
+    rows, columns = torch.meshgrid(torch.arange(120), torch.arange(200), indexing="ij")
+    pixels = torch.stack([rows, columns, rows]).to(torch.uint8)
+    data = DataConfig(image_size=32, crop_scale=(0.25, 0.5), crop_ratio=(0.5, 2.0), flip=False)
+    areas, shapes, places = [], [], set()
+    for index in range(200):
+        view = view_image(pixels, data, sample_generator(0, 0, index, "augment")) * 255
+        assert view.shape == (3, 32, 32)
+        # What a row or column stands for grows evenly over the part; antialiasing averages at its borders.
+        high, wide = (float(view[0, 24, 0] - view[0, 8, 0]) * 2, float(view[1, 0, 24] - view[1, 0, 8]) * 2)
+        areas.append(high * wide / (120 * 200))
+        shapes.append(wide / high)
+        places.add((int(view[0].min()), int(view[1].min())))
+    assert 0.22 < min(areas) < 0.3
+    assert 0.45 < max(areas) < 0.53
+    assert 0.45 < min(shapes) < 0.65
+    assert 1.6 < max(shapes) < 2.2
+    assert len(places) > 100
+    again = [view_image(pixels, data, sample_generator(0, 0, 3, "augment")) for _ in range(2)]
+    assert torch.equal(*again)
+
+
+def test_without_a_generator_there_is_the_centre_and_a_narrow_image_gives_its_middle() -> None:
+    pixels = torch.arange(60, dtype=torch.uint8).expand(3, 40, 60)
+    data = DataConfig(image_size=40, crop_scale=(0.1, 0.2), flip=False)
+    assert torch.equal(view_image(pixels, data, None), pixels[:, :, 10:50] / 255)
+    narrow = torch.arange(200, dtype=torch.uint8).view(200, 1).expand(3, 200, 10)
+    tall = DataConfig(image_size=8, crop_scale=(1.0, 1.0), flip=False)  # no such part has an allowed shape
+    view = view_image(narrow, tall, sample_generator(0, 0, 0, "augment")) * 255
+    assert 92 <= float(view.min()) <= float(view.max()) <= 107
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"crop_scale": (0.5, 0.2)}, r"crop_scale=\[0.5, 0.2\]: use least and most, above 0 and up to 1"),
+        ({"crop_scale": (0.5, 1.2)}, "up to 1"),
+        ({"crop_ratio": (0.0, 1.0)}, r"crop_ratio=\[0.0, 1.0\]: use least and most, above 0 "),
+        ({"crop_scale": (0.5, 1.0), "random_crop": False}, "means nothing with random_crop=false"),
+        ({"crop_scale": (0.5, 1.0), "fit": "stretch"}, "means nothing for fit=stretch"),
+    ],
+)
+def test_crops_that_mean_nothing_are_refused(values: dict[str, object], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        DataConfig(**values)
+
+
 def test_the_view_follows_the_policy() -> None:
     rows, columns = torch.meshgrid(torch.arange(40), torch.arange(60), indexing="ij")
     pixels = torch.stack([rows, columns, rows + columns]).to(torch.uint8)

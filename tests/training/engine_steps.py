@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -27,10 +28,10 @@ SPEECH_QUANTIZERS: dict[str, dict[str, Any]] = {
 
 
 def build(kind: str, **changes: Any) -> nn.Module:
-    """A model of ``kind``, "image", "sqvae", "vit_som" or one of :data:`SPEECH_QUANTIZERS`, with weights from a seed;
-    its codebook is learned by gradient."""
+    """A model of ``kind``, "image", "sqvae", "vit_som", "classifier" or one of :data:`SPEECH_QUANTIZERS`, with
+    weights from a seed; its codebook is learned by gradient."""
     from pipeline.models import build_model
-    from pipeline.models.config import AutoencoderConfig, SQVAEConfig, ViTSOMConfig
+    from pipeline.models.config import AutoencoderConfig, ClassifierConfig, SQVAEConfig, ViTSOMConfig
     from pipeline.quantizers.som import SOMConfig
     from pipeline.quantizers.ste import STEConfig
 
@@ -39,6 +40,9 @@ def build(kind: str, **changes: Any) -> nn.Module:
     torch.manual_seed(0)
     if kind == "sqvae":
         return build_model(SQVAEConfig(latent_dim=8, residual_layers=1), STEConfig(codes=16)).train()
+    if kind == "classifier":
+        sizes = {"patch": 4, "width": 8, "heads": 2, "depth": 2, "quantize_after": 1, **changes}
+        return build_model(ClassifierConfig(architecture="vit", classes=7, **sizes), STEConfig(codes=16)).train()
     if kind == "vit_som":
         sizes = {"image_size": 16, "patch": 4, "width": 8, "depth": 2, **changes}
         model = build_model(ViTSOMConfig(**sizes), SOMConfig(codes=6, steps=10, weight=0.5)).train()
@@ -53,7 +57,10 @@ def micro_batch(kind: str, step: int, number: int) -> Any:
     if kind in SPEECH_QUANTIZERS:
         return speech.make_batch(speech.tiny_config(), SPEECH_LENGTHS[number], seed=100 * step + number)
     generator = torch.Generator().manual_seed(100 * step + number)
-    return image_batch(torch.rand(IMAGES[number], 3, 16, 16, generator=generator))
+    batch = image_batch(torch.rand(IMAGES[number], 3, 16, 16, generator=generator))
+    if kind == "classifier":
+        batch = replace(batch, labels=torch.randint(7, (len(batch.keys),), generator=generator))
+    return batch
 
 
 def image_batch(pixels: Tensor) -> ImageBatch:
