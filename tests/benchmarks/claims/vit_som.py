@@ -101,9 +101,9 @@ CLAIM = Claim(
         "All 70,000 images are trained on and measured on, as in the paper. Purity grows with the number of units: "
         "compare maps of one size. NMI and the ablation of distances were not to be had. The paper trains 500 epochs; "
         "an independent reproduction has a purity of .809 for 24 × 24 units. Without --full 1.5 epochs have to do, "
-        "patches are of 4 pixels and tokens of 32 features, where the paper has 2 and 16, and the map has a temperature "
-        "of 12 to .3 and γ = 1, where the paper has 20 to .001 and .005, which leave most units unused in so few steps: "
-        "what can be compared is the order of the rows."
+        "patches are of 4 pixels and tokens of 32 features, where the paper has 2 and 16, and the map has temperatures "
+        "of 12 to .3 and γ = 1, where the paper has 20 to .001 and .005, which leave most units unused in so few "
+        "steps: what can be compared is the order of the rows."
     ),
     recipe="som/vit_som_fashion_mnist",
     data="fashion",
