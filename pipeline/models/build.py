@@ -26,6 +26,7 @@ MODELS = {
     "vit_som": ("pipeline.models.vit_som", "ViTSOM"),
     "vqvae2": ("pipeline.models.vqvae2", "VQVAE2"),
     "classifier": ("pipeline.models.classifier", "Classifier"),
+    "vqgan": ("pipeline.models.vqgan", "VQGAN"),
 }
 """Kind of model → its module, loaded when one is built, and its class, made of a configuration and a quantizer, or of
 several by level where the configuration names ``levels``."""

@@ -10,7 +10,7 @@ from typing import Annotated
 from pydantic import Field
 
 from pipeline.models.classifier_config import ClassifierConfig
-from pipeline.models.image_config import AutoencoderConfig, SQVAEConfig, VQVAE2Config
+from pipeline.models.image_config import AutoencoderConfig, SQVAEConfig, VQGANConfig, VQVAE2Config
 from pipeline.models.speech_config import STANDARD_KERNELS, Wav2Vec2Config
 from pipeline.models.vit_som_config import ViTSOMConfig
 
@@ -21,6 +21,7 @@ __all__ = [
     "ModelConfig",
     "SQVAEConfig",
     "STANDARD_KERNELS",
+    "VQGANConfig",
     "VQVAE2Config",
     "ViTSOMConfig",
     "Wav2Vec2Config",
@@ -30,7 +31,13 @@ ONLY = ""
 """Level of a model's only quantizer."""
 
 ModelConfig = Annotated[
-    Wav2Vec2Config | AutoencoderConfig | SQVAEConfig | VQVAE2Config | ViTSOMConfig | ClassifierConfig,
+    Wav2Vec2Config
+    | AutoencoderConfig
+    | SQVAEConfig
+    | VQVAE2Config
+    | VQGANConfig
+    | ViTSOMConfig
+    | ClassifierConfig,
     Field(discriminator="kind"),
 ]
 """Each member has ``kind``; ``reads``, the kind of data set it is trained on; ``quantizer_input``, the size of the

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import Annotated, ClassVar, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 Positive = Annotated[float, Field(gt=0)]
 
@@ -70,3 +70,27 @@ class VQVAE2Config(ImageModelConfig, PixelOptions):
     channels: int = Field(128, ge=2, description="width of encoders and decoders")
     residual_channels: int = Field(32, ge=1, description="inner width of a residual block")
     residual_layers: int = Field(2, ge=0, description="residual blocks in each encoder and decoder")
+
+
+class VQGANConfig(ImageModelConfig, PixelOptions):
+    """The net of VQGAN (Esser et al., arXiv 2012.09841), of LDM's and of LlamaGen's tokenizers."""
+
+    kind: Literal["vqgan"] = "vqgan"
+    channels: int = Field(128, ge=32, multiple_of=32, description="width at the images' size; norms have 32 groups")
+    multipliers: tuple[Annotated[int, Field(ge=1)], ...] = Field(
+        (1, 1, 2, 2, 4), min_length=2, description="width of each level over channels; each halves the size once more"
+    )
+    residual_layers: int = Field(2, ge=1, description="residual blocks of a level; the decoder has one more")
+    attention_levels: int = Field(1, ge=0, description="levels with attention after each block, from the smallest on")
+    latent_dim: int = Field(256, ge=1, description="dimension of a latent vector")
+    net_dim: int = Field(
+        256, ge=1, description="channels of encoder and decoder beside the convolutions of one pixel that make latents"
+    )
+    absolute_weight: float = Field(1.0, ge=0, description="of the absolute error of normalised pixels")
+    squared_weight: float = Field(0.0, ge=0, description="of their squared error")
+
+    @model_validator(mode="after")
+    def _something_is_reconstructed(self) -> VQGANConfig:
+        if not self.absolute_weight and not self.squared_weight:
+            raise ValueError("absolute_weight=0 and squared_weight=0 leave nothing to learn from: give one of them")
+        return self

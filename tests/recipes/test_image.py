@@ -17,13 +17,18 @@ SIZES = {
     "sqvae_cifar10": 307_715,
     "sqvae_celeba128": 637_443,
     "vqvae2_imagenet256": 1_388_867,
+    "vqgan_imagenet256_f16": 71_752_331,
+    "vqgan_imagenet256_f8": 69_978_763,
 }
-"""Weights of encoder and decoder; those of the KSOM paper's two nets are what its code has."""
+"""Weights of encoder and decoder; those of the KSOM paper's two nets are what its code has,
+those of VQGAN's without the convolutions of one pixel what VQGAN's code has."""
 TINY = {
     "vqvae_cifar10": {"model.channels": 16, "model.residual_channels": 8, "model.latent_dim": 8},
     "sqvae_cifar10": {"model.latent_dim": 8},
     "sqvae_celeba128": {"model.latent_dim": 8, "model.residual_layers": 1},
     "vqvae2_imagenet256": {"model.channels": 16, "model.residual_channels": 8, "model.latent_dim": 8},
+    "vqgan_imagenet256_f16": {"model.channels": 32, "model.multipliers": [1, 1, 1], "model.residual_layers": 1},
+    "vqgan_imagenet256_f8": {"model.channels": 32, "model.multipliers": [1, 1, 1], "model.residual_layers": 1},
 }
 CODES = 16
 DISCRETE = [kind for kind in KINDS if kind != "som"]
