@@ -31,13 +31,7 @@ ONLY = ""
 """Level of a model's only quantizer."""
 
 ModelConfig = Annotated[
-    Wav2Vec2Config
-    | AutoencoderConfig
-    | SQVAEConfig
-    | VQVAE2Config
-    | VQGANConfig
-    | ViTSOMConfig
-    | ClassifierConfig,
+    Wav2Vec2Config | AutoencoderConfig | SQVAEConfig | VQVAE2Config | VQGANConfig | ViTSOMConfig | ClassifierConfig,
     Field(discriminator="kind"),
 ]
 """Each member has ``kind``; ``reads``, the kind of data set it is trained on; ``quantizer_input``, the size of the
