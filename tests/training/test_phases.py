@@ -28,6 +28,7 @@ OVERRIDES = [
     f"training.steps={SECOND}",
     "training.checkpoint_every=3",
     "training.log_every=1",
+    "training.weight_ema=0.9",
     "batch.micro_batches=4",
     "batch.samples=4",
     "data.image_size=32",
@@ -86,10 +87,11 @@ def undisturbed(image_dataset, folder):
 
 def assert_equal(run, other):
     for mine, others in ((first_phase(run), first_phase(other)), (run, other)):
-        expected, actual = read_weights(mine.latest_checkpoint()), read_weights(others.latest_checkpoint())
-        assert expected.keys() == actual.keys()
-        for name, tensor in expected.items():
-            assert torch.equal(tensor, actual[name]), name
+        for raw in (True, False):  # as trained, and averaged
+            expected, actual = (read_weights(run.latest_checkpoint(), raw=raw) for run in (mine, others))
+            assert expected.keys() == actual.keys()
+            for name, tensor in expected.items():
+                assert torch.equal(tensor, actual[name]), name
         losses = {line["step"]: line["loss"] for line in mine.log()}
         assert sorted(losses) == list(range(1, mine.recipe().training.steps + 1))
         assert all(line["loss"] == losses[line["step"]] for line in others.log())
@@ -178,8 +180,8 @@ def test_a_damaged_end_of_the_first_phase_is_trained_again(image_dataset, folder
     ("change", "message"),
     [
         ("phases.0.optimizer.learning_rate=0.5", "phases.0.optimizer.learning_rate: 0.001 there, 0.5 here"),
-        ("phases.0.training.weight_ema=0.9", "phases.0.training.weight_ema: 0.0 there, 0.9 here"),
-        ("training.weight_ema=0.9", "training.weight_ema: 0.0 there, 0.9 here"),
+        ("phases.0.training.weight_ema=0.5", "phases.0.training.weight_ema: 0.9 there, 0.5 here"),
+        ("training.weight_ema=0", "training.weight_ema: 0.9 there, 0.0 here"),
         ("phases.0.steps=7", f"phases.0.training.steps: {FIRST} there, 7 here"),
         ("phases=[{quantizer: identity, steps: 6}, {}, {initialise: kmeans}]", "phases: 2 there, 3 here"),
     ],
