@@ -7,7 +7,7 @@ micro-batch.
 
 from __future__ import annotations
 
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +15,8 @@ from torch import Tensor, nn
 from pipeline.data.collation import ImageBatch
 from pipeline.models.base import StepOutput, quantizer_losses, quantizer_metrics, quantizers_of
 from pipeline.models.config import ONLY, AutoencoderConfig
+from pipeline.models.critics import Critics
+from pipeline.models.image_config import CriticOptions
 from pipeline.quantizers import Quantizer, QuantizerOutput
 
 Statistic = float | tuple[float, float, float]
@@ -48,11 +50,19 @@ class ImageAutoencoder(nn.Module):
 
     block_types: ClassVar[tuple[type[nn.Module], ...]] = ()
 
-    def __init__(self, shrinkage: int, pixel_mean: Statistic = 0.0, pixel_deviation: Statistic = 1.0) -> None:
-        """``shrinkage``: how many times more pixels than latents a side has."""
+    def __init__(
+        self,
+        shrinkage: int,
+        pixel_mean: Statistic = 0.0,
+        pixel_deviation: Statistic = 1.0,
+        critics: CriticOptions | None = None,
+    ) -> None:
+        """``shrinkage``: how many times more pixels than latents a side has; ``critics``: what judges reconstructions
+        in training besides :meth:`reconstruction_losses`."""
         super().__init__()
         self.shrinkage = shrinkage
         self.pixel_mean, self.pixel_deviation = pixel_mean, pixel_deviation
+        self.critics = Critics(critics or CriticOptions())
 
     # -- what a kind implements ------------------------------------------------------------------------------------
 
@@ -83,6 +93,9 @@ class ImageAutoencoder(nn.Module):
         outputs = self.quantize(images.to(next(self.parameters()).dtype))
         decoded = self.decode({level: output.vectors for level, output in outputs.items()}).float()
         losses = self.reconstruction_losses(decoded, images)
+        if self.training:
+            judged = self.critics(images, decoded, self._pixels_of, step=self._steps_done())
+            losses |= {name: loss * batch.targets for name, loss in judged.items()}
         metrics = self._metrics(decoded, images, batch.targets)
         for level, output in outputs.items():
             losses |= quantizer_losses(output, batch.targets, level)
@@ -132,18 +145,24 @@ class ImageAutoencoder(nn.Module):
         squared = error.mul_(of_colours(self.pixel_deviation, images)).square_().sum()  # the step's memory peaks here
         return {"mse": (squared, torch.tensor(float(targets), device=squared.device))}
 
-    def _to_pixels(self, images: Tensor) -> Tensor:
+    def _steps_done(self) -> int:
+        return int(next(iter(quantizers_of(self).values())).updates)
+
+    def _pixels_of(self, images: Tensor) -> Tensor:
         mean, deviation = of_colours(self.pixel_mean, images), of_colours(self.pixel_deviation, images)
-        return (images * deviation + mean).clamp(0, 1)
+        return images * deviation + mean
+
+    def _to_pixels(self, images: Tensor) -> Tensor:
+        return self._pixels_of(images).clamp(0, 1)
 
 
 class DiscreteAutoencoder(ImageAutoencoder):
     """One quantizer between any ``encoder``, images to ``(batch, dim, h, w)``, and ``decoder``, the way back."""
 
     def __init__(
-        self, encoder: nn.Module, quantizer: Quantizer, decoder: nn.Module, shrinkage: int, **pixels: Statistic
+        self, encoder: nn.Module, quantizer: Quantizer, decoder: nn.Module, shrinkage: int, **options: Any
     ) -> None:
-        super().__init__(shrinkage, **pixels)
+        super().__init__(shrinkage, **options)
         self.encoder = encoder
         self.quantizer = quantizer
         self.decoder = decoder
@@ -171,6 +190,7 @@ class Autoencoder(DiscreteAutoencoder):
             shrinkage=2**config.downsampling,
             pixel_mean=config.pixel_mean,
             pixel_deviation=config.pixel_deviation,
+            critics=config,
         )
         self.config = config
 

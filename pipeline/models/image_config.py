@@ -5,6 +5,7 @@ Pure pydantic, no torch: the schema and the command line read it without loading
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
@@ -36,7 +37,37 @@ class PixelOptions(BaseModel):
     )
 
 
-class AutoencoderConfig(ImageModelConfig, PixelOptions):
+class PerceptualConfig(BaseModel):
+    """LPIPS as a loss, by files of yours: nothing is downloaded."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    network: Path = Field(description="torchvision's VGG16 or AlexNet")
+    sha256: str = Field(pattern="^[0-9a-f]{64}$", description="of that file; another one is refused as training starts")
+    heads: Path | None = Field(None, description="weights of the channels; none: those that come with torchmetrics")
+    heads_sha256: str | None = Field(None, pattern="^[0-9a-f]{64}$", description="of the heads' file")
+    weight: float = Field(1.0, gt=0, description="beside the mean error of a pixel value")
+
+
+class DiscriminatorConfig(BaseModel):
+    """A discriminator of patches that is trained beside the autoencoder."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    weight: float = Field(0.8, gt=0, description="of the autoencoder's loss, beside the mean error of a pixel value")
+    start_step: int = Field(0, ge=0, description="optimiser steps before it begins to learn and to be heard")
+    channels: int = Field(64, ge=1, description="width of the first layer; each further one has twice as much, up to 8")
+    layers: int = Field(3, ge=1, le=6, description="halvings of the image")
+
+
+class CriticOptions(BaseModel):
+    """What judges reconstructions besides the error of their pixels; nothing if not asked for."""
+
+    perceptual: PerceptualConfig | None = None
+    discriminator: DiscriminatorConfig | None = None
+
+
+class AutoencoderConfig(ImageModelConfig, PixelOptions, CriticOptions):
     """The VQ-VAE of the KSOM paper (Irie et al., arXiv 2302.07950, section 4): strided convolutions and residual
     blocks."""
 
@@ -47,7 +78,7 @@ class AutoencoderConfig(ImageModelConfig, PixelOptions):
     downsampling: int = Field(2, ge=1, le=6, description="halvings: an image of side s has s / 2^n latents a side")
 
 
-class SQVAEConfig(ImageModelConfig):
+class SQVAEConfig(ImageModelConfig, CriticOptions):
     """The net of SQ-VAE (Takida et al., arXiv 2205.07547), in which Huh et al. (arXiv 2305.08842) compare quantizers:
     with batch normalisation; its decoder ends in a sigmoid, so that losses are on pixels in [0, 1]."""
 
@@ -60,7 +91,7 @@ class SQVAEConfig(ImageModelConfig):
     )
 
 
-class VQVAE2Config(ImageModelConfig, PixelOptions):
+class VQVAE2Config(ImageModelConfig, PixelOptions, CriticOptions):
     """VQ-VAE-2 (Razavi et al., arXiv 1906.00446) in the sizes of the KSOM paper: codes at an eighth of an image's side
     and at a quarter of it, each with a quantizer of the recipe's."""
 
@@ -72,7 +103,7 @@ class VQVAE2Config(ImageModelConfig, PixelOptions):
     residual_layers: int = Field(2, ge=0, description="residual blocks in each encoder and decoder")
 
 
-class VQGANConfig(ImageModelConfig, PixelOptions):
+class VQGANConfig(ImageModelConfig, PixelOptions, CriticOptions):
     """The net of VQGAN (Esser et al., arXiv 2012.09841), of LDM's and of LlamaGen's tokenizers."""
 
     kind: Literal["vqgan"] = "vqgan"

@@ -40,7 +40,9 @@ class SQVAE(DiscreteAutoencoder):
     block_types = (NormalisedBlock,)
 
     def __init__(self, config: SQVAEConfig, quantizer: Quantizer) -> None:
-        super().__init__(_encoder(config), quantizer, _decoder(config), shrinkage=2**config.downsampling)
+        super().__init__(
+            _encoder(config), quantizer, _decoder(config), shrinkage=2**config.downsampling, critics=config
+        )
         self.config = config
 
 

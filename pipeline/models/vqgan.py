@@ -1,4 +1,4 @@
-"""The encoder and decoder of VQGAN (Esser et al., arXiv 2012.09841), trained without a discriminator.
+"""The encoder and decoder of VQGAN (Esser et al., arXiv 2012.09841), with a discriminator where one is asked for.
 
 Levels of residual blocks with group normalisation and swish, halved in size from one to the next; attention at the
 smallest; between encoder, quantizer and decoder convolutions of one pixel. LDM's (arXiv 2112.10752) and LlamaGen's
@@ -91,6 +91,7 @@ class VQGAN(DiscreteAutoencoder):
             shrinkage=2 ** (len(config.multipliers) - 1),
             pixel_mean=config.pixel_mean,
             pixel_deviation=config.pixel_deviation,
+            critics=config,
         )
         self.config = config
 

@@ -24,7 +24,7 @@ class VQVAE2(ImageAutoencoder):
     block_types = (ResidualBlock,)
 
     def __init__(self, config: VQVAE2Config, quantizers: dict[str, Quantizer]) -> None:
-        super().__init__(8, pixel_mean=config.pixel_mean, pixel_deviation=config.pixel_deviation)
+        super().__init__(8, pixel_mean=config.pixel_mean, pixel_deviation=config.pixel_deviation, critics=config)
         self.config = config
         width, dim = config.channels, config.latent_dim
         self.encoder_bottom = nn.Sequential(

@@ -21,6 +21,7 @@ MAY_CHANGE = (
     "engine.",
     "data.path",
     "data.mix",  # a data set may move; the checkpoint's data state refuses other weights, splits and contents
+    "model.perceptual.network",  # a file may move; its hash stays
     "data.cache",
     "data.prefetch",
     "data.threads",
