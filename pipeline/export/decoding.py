@@ -59,7 +59,8 @@ def decode(run: str | Path, tokens: str | Path, out: str | Path, form: str = "pn
         for split, entry in manifest["splits"].items()
         for shard in entry["shards"]
     ]
-    results = on_shards(_decode_shard, tasks, trained.path, checkpoint, tokens, out, form)
+    raw = manifest["weights"] == "trained"  # the decoder is to be the one beside the encoder that made the codes
+    results = on_shards(_decode_shard, tasks, trained.path, checkpoint, tokens, out, form, raw)
     return DecodingSummary(out, sum(results.values()), time.perf_counter() - started)
 
 
@@ -92,7 +93,9 @@ def _checkpoint_of(run: Run, manifest: dict[str, Any], tokens: Path) -> Path:
     return checkpoint
 
 
-def _decode_shard(run: Path, checkpoint: Path, tokens: Path, out: Path, form: str, task: tuple[str, str, str]) -> int:
+def _decode_shard(
+    run: Path, checkpoint: Path, tokens: Path, out: Path, form: str, raw: bool, task: tuple[str, str, str]
+) -> int:
     """One shard; returns its images. Runs in a Ray worker."""
     import torch
     from PIL import Image
@@ -101,7 +104,7 @@ def _decode_shard(run: Path, checkpoint: Path, tokens: Path, out: Path, form: st
     content = (tokens / file).read_bytes()
     if hashlib.sha256(content).hexdigest() != digest:
         raise ValueError(f"{tokens / file} is not what its manifest says, it is damaged: tokenize again")
-    model, recipe = load_for_shards(run, checkpoint)
+    model, recipe = load_for_shards(run, checkpoint, raw)
     images = 0
     for keys, codes in _batches(content, recipe.batch.samples or 1):
         grids = {level: torch.from_numpy(grid.astype(np.int64)) for level, grid in codes.items()}

@@ -50,18 +50,18 @@ def hash_of(checkpoint: Path) -> str:
     return hashlib.sha256((checkpoint / MANIFEST).read_bytes()).hexdigest()
 
 
-def load_for_shards(run: Path, checkpoint: Path) -> tuple[Any, Any]:
-    """The model and the recipe, from memory if this worker has them.
+def load_for_shards(run: Path, checkpoint: Path, raw: bool) -> tuple[Any, Any]:
+    """The model, with its averaged weights unless ``raw``, and the recipe, from memory if this worker has them.
 
     A worker outlives a call, and by the next another run may lie at the same path: content names the model.
     """
     recipe = hashlib.sha256(Run(run).recipe_file.read_bytes()).hexdigest()
-    return _load_once(run, checkpoint, hash_of(checkpoint), recipe)
+    return _load_once(run, checkpoint, raw, hash_of(checkpoint), recipe)
 
 
 @lru_cache(maxsize=1)
-def _load_once(run: Path, checkpoint: Path, model_hash: str, recipe_hash: str) -> tuple[Any, Any]:
+def _load_once(run: Path, checkpoint: Path, raw: bool, model_hash: str, recipe_hash: str) -> tuple[Any, Any]:
     import torch
 
     torch.set_num_threads(1)  # one Ray CPU, one thread
-    return Run(run).load_model(checkpoint)
+    return Run(run).load_model(checkpoint, raw=raw)

@@ -20,7 +20,6 @@ import tarfile
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -28,16 +27,14 @@ from pipeline.data import ShardedDataset, read_manifest
 from pipeline.data.config import SAMPLE_RATE
 from pipeline.data.manifest import MANIFEST_NAME
 from pipeline.data.storage import as_place, write_whole
-from pipeline.export.shard_tasks import hash_of
+from pipeline.export.shard_tasks import hash_of, load_for_shards, on_shards
 from pipeline.models.config import ONLY
-from pipeline.training.checkpoint import MANIFEST
 from pipeline.training.run_folder import Run
 
 if TYPE_CHECKING:
     import numpy as np
 
 FORMAT_VERSION = 1
-IN_FLIGHT_PER_CPU = 2
 
 
 @dataclass(frozen=True)
@@ -69,10 +66,6 @@ def tokenize(
     Uses a running Ray or starts one. Raises ValueError when the run's model reads another kind of data or has no codes,
     and for ``merge`` of images; FileExistsError when ``out`` holds a finished set of tokens.
     """
-    import ray
-
-    from pipeline.ray_session import ray_session
-
     started = time.perf_counter()
     trained, source, out = Run(Path(run).resolve()), as_place(dataset), Path(out)
     if isinstance(source, Path):
@@ -91,32 +84,13 @@ def tokenize(
     checkpoint = trained.latest_checkpoint()
     if checkpoint is None:
         raise ValueError(f"{trained.path} holds no whole checkpoint: train first")
-    # A worker outlives this call, and by the next another run may lie at the same path: content names the model.
-    content = (checkpoint / MANIFEST).read_bytes() + trained.recipe_file.read_bytes()
-    model_hash = hashlib.sha256(content).hexdigest()
     tasks = [(split, shard) for split, entry in manifest.splits.items() for shard in range(len(entry.shards))]
-    results: dict[tuple[str, int], dict[str, Any]] = {}
-    shapes: dict[str, list[int]] = {}
-    with ray_session() as resources:
-        remote = ray.remote(_tokenize_shard).options(max_retries=2)
-        at_once = IN_FLIGHT_PER_CPU * max(1, int(resources.get("CPU", 1)))
-        waiting, running = iter(tasks), {}
-        while True:
-            for task in waiting:
-                running[
-                    remote.remote(trained.path, checkpoint, model_hash, source, *task, out.resolve(), merge, raw)
-                ] = task
-                if len(running) >= at_once:
-                    break
-            if not running:
-                break
-            done, _ = ray.wait(list(running), num_returns=1)
-            for reference in done:
-                results[running.pop(reference)], found = ray.get(reference)
-                shapes.update(found)
+    results = on_shards(_tokenize_shard, tasks, trained.path, checkpoint, source, out.resolve(), merge, raw)
+    shapes = {level: shape for _, found in results.values() for level, shape in found.items()}
+    entries = {task: entry for task, (entry, _) in results.items()}
     splits: dict[str, Any] = {split: {"shards": []} for split in manifest.splits}
     for split, shard in tasks:
-        splits[split]["shards"].append(results[split, shard])
+        splits[split]["shards"].append(entries[split, shard])
     values = {
         "version": FORMAT_VERSION,
         "kind": f"{manifest.kind}-codes",
@@ -128,14 +102,15 @@ def tokenize(
         "run": recipe.name,
         "checkpoint": checkpoint.name,
         "model": hash_of(checkpoint),
+        "weights": "averaged" if recipe.training.weight_ema and not raw else "trained",
         "source": manifest.fingerprint(),
         "splits": splits,
     }
     write_whole(out / MANIFEST_NAME, (json.dumps(values, indent=1) + "\n").encode())
     return TokenSummary(
         out=out,
-        samples=sum(result["samples"] for result in results.values()),
-        tokens=sum(result["tokens"] for result in results.values()),
+        samples=sum(entry["samples"] for entry in entries.values()),
+        tokens=sum(entry["tokens"] for entry in entries.values()),
         shards=len(results),
         bits_per_token=recipe.quantizer.groups * max(1, (recipe.quantizer.codes - 1).bit_length()),
         elapsed_seconds=time.perf_counter() - started,
@@ -143,27 +118,20 @@ def tokenize(
 
 
 def _tokenize_shard(
-    run: Path,
-    checkpoint: Path,
-    model_hash: str,
-    source: Path | str,
-    split: str,
-    shard: int,
-    out: Path,
-    merge: bool,
-    raw: bool,
+    run: Path, checkpoint: Path, source: Path | str, out: Path, merge: bool, raw: bool, task: tuple[str, int]
 ) -> tuple[dict[str, Any], dict[str, list[int]]]:
     """One shard of codes; returns its manifest entry, and the shape of a sample's codes by level. Runs in a Ray
     worker."""
     import numpy as np
 
+    split, shard = task
     dataset = ShardedDataset(source, split)
     entries = dataset.manifest.splits[split].shards
     first = sum(entry.samples for entry in entries[:shard])
     buffer, tokens = io.BytesIO(), 0
     shapes: dict[str, list[int]] = {}
     with tarfile.open(fileobj=buffer, mode="w", format=tarfile.USTAR_FORMAT) as archive:
-        model, recipe = _load_once(run, checkpoint, model_hash, raw)
+        model, recipe = load_for_shards(run, checkpoint, raw)
         indexes = range(first, first + entries[shard].samples)
         for key, levels, facts in _codes_of(model, recipe, dataset, indexes):
             if dataset.kind == "speech":
@@ -247,17 +215,6 @@ def _speech_codes(
         codes = clip_codes(model, waveforms[0])
         facts = {"seconds": lengths[0] / SAMPLE_RATE, "frames": len(codes)} | _layout(recipe)
         yield member.key, {ONLY: codes}, facts
-
-
-@lru_cache(maxsize=1)
-def _load_once(run: Path, checkpoint: Path, model_hash: str, raw: bool) -> tuple[Any, Any]:
-    """A worker keeps the model for its next shard. ``model_hash`` is of the recipe and of the checkpoint's manifest,
-    which holds the hashes of its files: paths alone don't tell one model from another.
-    """
-    import torch
-
-    torch.set_num_threads(1)  # one Ray CPU, one thread
-    return Run(run).load_model(checkpoint, raw=raw)
 
 
 def _layout(recipe: Any) -> dict[str, Any]:

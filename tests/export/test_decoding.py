@@ -10,6 +10,7 @@ from PIL import Image
 from pipeline.data import ImageCollation, SampleReference, ShardedDataset
 from pipeline.export import decode, tokenize
 from pipeline.training.run_folder import Run
+from tests.conftest import IMAGE, train
 
 
 @pytest.fixture(scope="module")
@@ -42,6 +43,24 @@ def test_tokens_decode_to_the_reconstructions(image_tokens, image_run, image_dat
         assert np.abs(decoded - expected).max() <= 0.5 + 1e-3
     assert summary.images == 280
     assert str(summary).startswith("280 images in ")
+
+
+def test_averaged_weights_decode_what_they_encoded(image_dataset, tmp_path):
+    """And the trained ones theirs: decoder and encoder are of one model, without a word from the user."""
+    options = [*IMAGE, "training.weight_ema=0.9", "optimizer.learning_rate=0.02"]
+    run = train("image/autoencoder_tiny_ksom", image_dataset, tmp_path / "run", 2, *options)
+    dataset = ShardedDataset(image_dataset, "validation")
+    decoded = {}
+    for raw in (False, True):
+        tokenize(run, image_dataset, tmp_path / f"tokens-{raw}", raw=raw)
+        decode(run, tmp_path / f"tokens-{raw}", tmp_path / f"images-{raw}")
+        model, recipe = Run(run).load_model(raw=raw)
+        batch = ImageCollation(recipe.data, recipe.seed, augment=False)([SampleReference(3, 0)], dataset, 0, 0)
+        file = tmp_path / f"images-{raw}" / "validation" / f"{batch.keys[0]}.png"
+        decoded[raw] = np.asarray(Image.open(file)).astype(float)
+        expected = model.reconstruct(batch.pixels)[0][0].permute(1, 2, 0).numpy() * 255
+        assert np.abs(decoded[raw] - expected).max() <= 0.5 + 1e-3
+    assert np.abs(decoded[True] - decoded[False]).max() > 1
 
 
 def test_jpegs_are_nearly_so(image_tokens, image_run, tmp_path):
