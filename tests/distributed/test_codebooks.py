@@ -43,6 +43,7 @@ KINDS: dict[str, dict[str, Any]] = {
     "ksom_hard": {"kind": "ksom", "codes": 12, "grid": [4, 3], "decay": 0.8, "shrink_step": 1.0},
     "ksom_gaussian": {"kind": "ksom", "codes": 12, "neighbourhood": "gaussian", "decay": 0.8},
     "gd_som": {"kind": "gd_som", "codes": 12},
+    "som": {"kind": "som", "codes": 12, "steps": 9, "weight": 1.0},
     "ste": {"kind": "ste", "codes": 12},
     "ste_inner": {"kind": "ste", "codes": 12, "inner_steps": 2, "codebook_dim": 4},
     "affine": {"kind": "affine", "codes": 12, "affine": "running"},

@@ -321,7 +321,9 @@ def test_learned_codes_are_partitioned_by_zero_3_only_and_read_whole(results, ca
             assert codebook.shape[1] == codes or KINDS[name]["kind"] not in ("ste", "affine", "knn_simplex", "gumbel")
             codes_of_forward, vectors, encoded, decoded = result["outside"][name]
             assert torch.equal(codes_of_forward, encoded), name
-            torch.testing.assert_close(decoded, vectors, atol=1e-6, rtol=1e-6, msg=lambda text, name=name: name + text)
+            if KINDS[name]["kind"] != "som":  # its vectors are the latents
+                close = {"atol": 1e-6, "rtol": 1e-6}
+                torch.testing.assert_close(decoded, vectors, **close, msg=lambda text, name=name: name + text)
 
 
 @each_case
