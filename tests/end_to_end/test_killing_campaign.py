@@ -154,6 +154,7 @@ def _shuffled(targets: dict[str, int], moments: dict[str, int]) -> list[tuple[st
     return list(zip(whom, when, strict=True))
 
 
+@pytest.mark.slow  # tests/training/test_promise.py has a kill among the fast ones
 @pytest.mark.timeout(900)
 def test_a_kill_leaves_no_trace(image_dataset, undisturbed, tmp_path):
     with Campaign(tmp_path / "killed", image_dataset, FEW_STEPS) as killed:

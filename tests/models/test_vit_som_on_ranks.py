@@ -65,6 +65,7 @@ def train_as_a_rank(run, overrides):
     train(load_recipe("vit_som_fashion_mnist", overrides), run)
 
 
+@pytest.mark.slow  # three starts
 def test_a_resumed_run_is_the_undisturbed_one_bit_for_bit(image_dataset: Path, tmp_path: Path) -> None:
     small = [
         f"data.path={image_dataset}",
