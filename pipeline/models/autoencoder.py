@@ -94,7 +94,7 @@ class ImageAutoencoder(nn.Module):
         decoded = self.decode({level: output.vectors for level, output in outputs.items()}).float()
         losses = self.reconstruction_losses(decoded, images)
         if self.training:
-            judged = self.critics(images, decoded, self._pixels_of, step=self._steps_done())
+            judged = self.critics(images, decoded, self._pixels_of, self._steps_done)
             losses |= {name: loss * batch.targets for name, loss in judged.items()}
         metrics = self._metrics(decoded, images, batch.targets)
         for level, output in outputs.items():

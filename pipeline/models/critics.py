@@ -33,15 +33,22 @@ class Critics(nn.Module):
         self.discriminator = PatchDiscriminator(config.discriminator) if config.discriminator is not None else None
 
     def forward(
-        self, images: Tensor, reconstructions: Tensor, pixels_of: Callable[[Tensor], Tensor], step: int
+        self,
+        images: Tensor,
+        reconstructions: Tensor,
+        pixels_of: Callable[[Tensor], Tensor],
+        steps_done: Callable[[], int],
     ) -> dict[str, Tensor]:
         """Losses by name, means over images and patches. Images are normalised, ``(batch, 3, height, width)``;
-        ``pixels_of`` brings them to [0, 1], ``step`` optimiser steps are done."""
+        ``pixels_of`` brings them to [0, 1]; ``steps_done``, of the optimiser, is asked for a discriminator only,
+        as it waits for a GPU."""
         losses: dict[str, Tensor] = {}
         if self.perceptual is not None:
             losses["perceptual"] = self.perceptual(pixels_of(images), pixels_of(reconstructions))
         if self.discriminator is not None and self.config.discriminator is not None:
-            losses |= adversarial_losses(self.discriminator, self.config.discriminator, images, reconstructions, step)
+            losses |= adversarial_losses(
+                self.discriminator, self.config.discriminator, images, reconstructions, steps_done()
+            )
         return losses
 
 
