@@ -17,9 +17,10 @@ from __future__ import annotations
 import argparse
 import os
 import statistics
-import time
 from collections.abc import Callable
 from typing import Any
+
+from tests.benchmarks.quantizers import step_seconds
 
 KINDS = ("ema", "ksom", "gd_som", "ste", "affine", "knn_simplex", "gumbel", "simvq", "rotation", "fsq")
 OPTIONS: dict[str, dict[str, Any]] = {"fsq": {"levels": (8, 8, 8)}, "gumbel": {"groups": 1}}
@@ -50,26 +51,12 @@ def main() -> None:
     seconds: dict[str, list[float]] = {name: [] for name in steps}
     for _ in range(options.turns):
         for name, step in steps.items():
-            seconds[name].append(_seconds(step, device))
+            seconds[name].append(step_seconds(device, step))
     print(f"{options.images} images of {options.side} × {options.side}, {device}, {options.turns} turns\n")
     print(f"| quantizer | {'s' if device == 'cuda' else 'CPU s'} a step, best | over {BASE}, median |\n|---|---|---|")
     for name, of_name in seconds.items():
         ratios = [one / base for one, base in zip(of_name, seconds[BASE], strict=True)]
         print(f"| {name} | {min(of_name):.4f} | {statistics.median(ratios):.3f} |")
-
-
-def _seconds(step: Callable[[], None], device: str) -> float:
-    if device == "cpu":
-        start = time.process_time()
-        step()
-        return time.process_time() - start
-    import torch
-
-    torch.cuda.synchronize()
-    start = time.perf_counter()
-    step()
-    torch.cuda.synchronize()
-    return time.perf_counter() - start
 
 
 def _build(name: str, images: int, side: int, device: str) -> Callable[[], None]:

@@ -153,7 +153,7 @@ def _measure(
     _step_of("ema", 8, 16)(torch.randn(64, 8, device=device, requires_grad=True), torch.randn(64, 8, device=device))
     step = _step_of(name, dim, codes, device)
     with _Peak(device) as peak:
-        first = _seconds(device, lambda: step(latents, upstream))
+        first = step_seconds(device, lambda: step(latents, upstream))
     ema = step if name == "ema" else _step_of("ema", dim, codes, device)
     ema(latents, upstream)
     floor = _floor(latents.detach(), codes)
@@ -169,7 +169,7 @@ def _measure(
     spent = 0.0
     for _ in range(repeats):
         for key, turn in turns.items():
-            seconds[key].append(_seconds(device, turn))
+            seconds[key].append(step_seconds(device, turn))
             spent += seconds[key][-1]
         if spent > budget * (2 if name == "ema" else 3) / 2:
             break
@@ -230,7 +230,7 @@ def _floor(latents: Any, codes: int) -> Callable[[], None]:
     return products
 
 
-def _seconds(device: str, run: Callable[[], object]) -> float:
+def step_seconds(device: str, run: Callable[[], object]) -> float:
     """CPU seconds of all threads; on a GPU seconds by the clock."""
     if device == "cpu":
         started = time.process_time()

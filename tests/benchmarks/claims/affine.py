@@ -3,7 +3,7 @@ normalisation, one after another."""
 
 from __future__ import annotations
 
-from tests.benchmarks.claims.claim import Claim, Row, metric
+from tests.benchmarks.claims.claim import OF_32_PIXELS, Claim, Row, metric
 
 SAME = ("quantizer.codes=1024", "quantizer.beta=0.995", "codebooks.initialise=none")
 """In all rows, so that they differ in what their names say."""
@@ -46,11 +46,8 @@ CLAIM = Claim(
         "PSNR, dB": metric("psnr", 1),
     },
     quick=(
-        "data.image_size=32",
-        "data.resize=64",
+        *OF_32_PIXELS,
         "model.residual_layers=1",
-        "batch.micro_batches=1",
-        "batch.samples=64",
         "optimizer.learning_rate=1.0e-3",
         "training.steps=800",
         "schedule.warmup_steps=50",

@@ -24,6 +24,8 @@ from recipes.schema import Recipe, load_recipe
 from tests.benchmarks.behaviour.tables import markdown
 
 SPLIT = "train=0.9,validation=0.1"
+OF_32_PIXELS = ("data.image_size=32", "data.resize=64", "batch.micro_batches=1", "batch.samples=64")
+"""Photographs at CIFAR-10's size, in batches for a CPU."""
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,7 @@ is different, whatever comes after it."""
 
 from __future__ import annotations
 
-from tests.benchmarks.claims.claim import Claim, Row, metric
+from tests.benchmarks.claims.claim import OF_32_PIXELS, Claim, Row, metric
 
 CODES = (16, 64, 256, 1024)
 CHANNELS = (4, 8, 16, 32)
@@ -48,11 +48,8 @@ CLAIM = Claim(
         "code spacing": metric("token_concentration", 2),
     },
     quick=(
-        "data.image_size=32",
-        "data.resize=64",
+        *OF_32_PIXELS,
         "model.channels=64",
-        "batch.micro_batches=1",
-        "batch.samples=64",
         "training.steps=400",
     ),
 )

@@ -3,7 +3,7 @@ treated, where EMA-VQ does; both end at the same loss; the map's codes come to l
 
 from __future__ import annotations
 
-from tests.benchmarks.claims.claim import Claim, Row, metric, steps_to_within
+from tests.benchmarks.claims.claim import OF_32_PIXELS, Claim, Row, metric, steps_to_within
 
 NEIGHBOURHOODS = {"EMA-VQ": "none", "KSOM hard": "hard", "KSOM exponential": "exponential"}
 
@@ -44,11 +44,8 @@ CLAIM = Claim(
         "topographic error": metric("topographic_error", 2),
     },
     quick=(
-        "data.image_size=32",
-        "data.resize=64",
+        *OF_32_PIXELS,
         "model.channels=64",
-        "batch.micro_batches=1",
-        "batch.samples=64",
         "training.steps=800",
         "training.log_every=10",
     ),

@@ -3,7 +3,7 @@ nearly all codes, without Gumbel noise; beside what others do about unused codes
 
 from __future__ import annotations
 
-from tests.benchmarks.claims.claim import Claim, Row, last_logged, metric
+from tests.benchmarks.claims.claim import OF_32_PIXELS, Claim, Row, last_logged, metric
 
 KNN = ("quantizer.kind=knn_simplex", "quantizer.neighbours=2", "quantizer.weight=0.1")
 GUMBEL = ("quantizer.kind=gumbel", "quantizer.groups=1", "quantizer.codes=512")
@@ -36,11 +36,8 @@ CLAIM = Claim(
         "codes in use, %": metric("codebook_usage", 0, 100),
     },
     quick=(
-        "data.image_size=32",
-        "data.resize=64",
+        *OF_32_PIXELS,
         "model.channels=64",
-        "batch.micro_batches=1",
-        "batch.samples=64",
         "training.steps=800",
     ),
 )
