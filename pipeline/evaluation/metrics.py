@@ -166,15 +166,8 @@ def read_metrics(run_dir: str | Path) -> dict[str, Any] | None:
 
 def metrics_table(metrics: dict[str, Any]) -> Table:
     """A rich table: each metric, its value and how to read it."""
-    from rich.table import Table
-
-    scope = "" if metrics["complete"] else ", a part of it"
-    table = Table(
-        title=f"{metrics['name']} ({metrics['quantizer']}), step {metrics['step']}, {metrics['split']} split{scope}",
-        title_justify="left",
-        box=None,
-        pad_edge=False,
-    )
+    scope = f"{metrics['split']} split" + ("" if metrics["complete"] else ", a part of it")
+    table = _table(f"{metrics['name']} ({metrics['quantizer']}), step {metrics['step']}, {scope}")
     table.add_column("metric", no_wrap=True)
     table.add_column("value", justify="right", style="bold", no_wrap=True)
     table.add_column("meaning", style="dim")
@@ -190,15 +183,8 @@ def networks_told(metrics: dict[str, Any]) -> list[str]:
 
 def downstream_table(metrics: dict[str, Any]) -> Table:
     """A rich table of the downstream measures: a row each, a column for the baselines and the run."""
-    from rich.table import Table
-
     found = metrics["downstream"]
-    table = Table(
-        title=f"frozen features of layer {found['layer']} of {found['layers']}, {found['clips']} clips",
-        title_justify="left",
-        box=None,
-        pad_edge=False,
-    )
+    table = _table(f"frozen features of layer {found['layer']} of {found['layers']}, {found['clips']} clips")
     table.add_column("measure", no_wrap=True)
     for name in SYSTEMS.values():
         table.add_column(name, justify="right", style="bold", no_wrap=True)
@@ -206,3 +192,9 @@ def downstream_table(metrics: dict[str, Any]) -> Table:
     for name, values, meaning in downstream_rows(found):
         table.add_row(name, *values, meaning)
     return table
+
+
+def _table(title: str) -> Table:
+    from rich.table import Table
+
+    return Table(title=title, title_justify="left", box=None, pad_edge=False)
