@@ -18,6 +18,7 @@ from pipeline.training.checkpoint import checkpoint_name, read_weights
 from pipeline.training.phases import Before, Phase, take_over
 from pipeline.training.run_folder import Run
 from recipes.schema import RecipeError, load_recipe
+from tests.conftest import SMALL_IMAGE
 from tests.distributed.harness import RankFailure, run_ranks
 
 FIRST, SECOND = 6, 8
@@ -27,16 +28,9 @@ OVERRIDES = [
     f"phases=[{{quantizer: identity, steps: {FIRST}}}, {{initialise: kmeans}}]",
     f"training.steps={SECOND}",
     "training.checkpoint_every=3",
-    "training.log_every=1",
     "training.weight_ema=0.9",
     "batch.micro_batches=4",
-    "batch.samples=4",
-    "data.image_size=32",
-    "quantizer.codes=16",
-    "quantizer.grid=[4,4]",
-    "model.channels=16",
-    "model.residual_channels=8",
-    "schedule.warmup_steps=2",
+    *SMALL_IMAGE,
 ]
 
 
