@@ -12,11 +12,12 @@ from typing import Any, Literal
 import torch
 from pydantic import Field, model_validator
 from torch import Tensor
-from torch.nn import functional
 
 from pipeline.quantizers.base import Quantized, Quantizer, QuantizerOptions, look_up
 from pipeline.quantizers.entropy import Scope, ScopeWatch, joint_mean, perplexity
-from pipeline.quantizers.learned import LearnedTable, LinearHead
+from pipeline.quantizers.gumbel_softmax import draw
+from pipeline.quantizers.learned import LearnedTable, LogitWeights
+from pipeline.quantizers.search import highest_scores
 
 
 class GumbelConfig(QuantizerOptions):
@@ -62,7 +63,7 @@ class GumbelQuantizer(Quantizer):
         assert config.dim is not None
         input_dim = config.input_dim or config.dim
         super().__init__(config, dim=config.dim, codes=config.codes, groups=config.groups, input_dim=input_dim)
-        self.head = LinearHead(input_dim, self.groups, self.codes, std=1.0)
+        self.head = LogitWeights(self.groups, self.codes, input_dim, std=1.0)
         self.code_vectors = LearnedTable(torch.rand(self.groups, self.codes, self.code_dim))
         self._scope = ScopeWatch(config.kind, config.scope)
 
@@ -76,40 +77,35 @@ class GumbelQuantizer(Quantizer):
         return self.code_vectors().detach()
 
     def quantize(self, latents: Tensor) -> Quantized:
-        logits = self.head(latents)
+        weight, bias = self.head()
         codebook = self.code_vectors()
         temperature = self.temperature()
         if self.training:
-            soft = functional.softmax((logits + gumbel_noise(logits)) / temperature, dim=-1)
-            codes = soft.argmax(dim=-1)
-            # The value of the chosen codes, bit for bit; codes learn by their tokens, logits as if p·C had been taken.
-            through_logits = torch.einsum("tgk,gkd->tgd", soft - soft.detach(), codebook.detach())
-            vectors = look_up(codebook, codes) + through_logits
+            spread = latents.unsqueeze(1).expand(-1, self.groups, -1)
+            vectors, sums, codes = draw(spread, weight, bias, codebook, temperature)
         else:
-            codes = logits.argmax(dim=-1)
+            codes = self.assign(latents)
             vectors = look_up(codebook, codes)
-        sums = functional.softmax(logits, dim=-1).sum(dim=0)  # (groups, codes)
+            logits = torch.einsum("td,gkd->tgk", latents, weight) + bias
+            sums = logits.softmax(dim=-1).sum(dim=0)
         scope = self.config.scope if self.training else "micro_batch"  # ranks may evaluate unequally often
         perplexities = perplexity(joint_mean(sums, len(latents), scope, self.process_group))
         places = self.groups * self.codes
         if len(latents):
             diversity = (places - perplexities.sum()) / places
         else:
-            diversity = logits.sum()  # 0, with its graph intact
+            diversity = sums.sum()  # 0, with its graph intact
         metrics = {"temperature": temperature, "prob_perplexity": perplexities.detach().mean()}
         losses = {"diversity": self.config.diversity_weight * diversity}
         return Quantized(vectors.reshape(-1, self.dim), codes, losses, metrics)
 
     def assign(self, latents: Tensor) -> Tensor:
-        return self.head.likeliest(latents)
+        weight, bias = self.head()
+        found = [highest_scores(latents, weight[g].detach(), bias[g].detach()) for g in range(self.groups)]
+        return torch.stack(found, dim=1)
 
     def observe(self, latents: Tensor, codes: Tensor) -> None:
         self._scope.saw_forward()
 
     def update(self, statistics: dict[str, Tensor]) -> None:
         self._scope.saw_step()
-
-
-def gumbel_noise(like: Tensor) -> Tensor:
-    """Standard Gumbel noise from torch's generator, of the shape of ``like``."""
-    return -torch.empty_like(like).exponential_().log()

@@ -13,7 +13,7 @@ from typing import Literal
 
 import torch
 from pydantic import Field
-from torch import Tensor, nn
+from torch import Tensor
 
 from pipeline.quantizers.base import (
     NormaliseOptions,
@@ -24,7 +24,7 @@ from pipeline.quantizers.base import (
     look_up,
 )
 from pipeline.quantizers.entropy import Scope, ScopeWatch, perplexity
-from pipeline.quantizers.learned import LearnedTable
+from pipeline.quantizers.learned import LearnedTable, LogitWeights
 from pipeline.quantizers.search import highest_scores, nearest_codes
 from pipeline.quantizers.simplex import Distance, Neighbourhood, mix
 
@@ -68,7 +68,7 @@ class KNNSimplexQuantizer(Quantizer):
         super().__init__(config, dim=config.dim, codes=config.codes, groups=config.groups)
         self.code_vectors = LearnedTable(torch.randn(self.groups, self.codes, self.code_dim))
         if config.logits == "linear":
-            self.head = LogitWeights(self.groups * self.codes, self.codebook_dim)
+            self.head = LogitWeights(self.groups, self.codes, self.codebook_dim, std=self.codebook_dim**-0.5)
         # Vectors of length 1 are ranked alike by dot products and by distances.
         self.compares_latents = config.logits == "distance" or (config.logits == "dot" and config.normalise == "l2")
         self._scope = ScopeWatch(config.kind, config.scope)
@@ -104,9 +104,7 @@ class KNNSimplexQuantizer(Quantizer):
         """Of latents ``(tokens, codebook_dim)`` and effective codes: x ``(tokens, groups, n)``, W
         ``(groups, codes, n)`` and b ``(groups, codes)`` with logits x·Wᵀ + b before the temperature."""
         if self.config.logits == "linear":
-            weight, bias = self.head()
-            weight = weight.reshape(self.groups, self.codes, -1)
-            return latents.unsqueeze(1).expand(-1, self.groups, -1), weight, bias.reshape(self.groups, self.codes)
+            return latents.unsqueeze(1).expand(-1, self.groups, -1), *self.head()
         split = self.split_groups(latents)
         if self.config.logits == "dot":
             scale = 1.0 if self.config.normalise == "l2" else self.code_dim**-0.5
@@ -150,16 +148,3 @@ class KNNSimplexQuantizer(Quantizer):
                 weights[group, :, group] = codebook[group]
             self.head.weight.copy_(weights.reshape(-1, self.codebook_dim))
             self.head.bias.copy_(-codebook.square().sum(dim=-1).reshape(-1) / 2)
-
-
-class LogitWeights(nn.Module):
-    """Weight and bias of a linear map to logits; calling it gives fp32 copies of both, differentiable (see
-    :mod:`pipeline.quantizers.learned`)."""
-
-    def __init__(self, logits: int, dim: int) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.randn(logits, dim, dtype=torch.float32) * dim**-0.5)
-        self.bias = nn.Parameter(torch.zeros(logits, dtype=torch.float32))
-
-    def forward(self) -> tuple[Tensor, Tensor]:
-        return self.weight.to(torch.float32, copy=True), self.bias.to(torch.float32, copy=True)

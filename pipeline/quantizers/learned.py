@@ -12,9 +12,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-CHUNK_ELEMENTS = 1 << 24
-"""Logits that are held at once at inference."""
-
 
 class LearnedTable(nn.Module):
     """A tensor that an optimiser trains; calling it gives an fp32 copy, differentiable."""
@@ -28,23 +25,20 @@ class LearnedTable(nn.Module):
         return self.weight.to(torch.float32, copy=True)
 
 
-class LinearHead(nn.Linear):
-    """Logits of several groups of codes: fp32 ``(tokens, input_dim)`` → fp32 ``(tokens, groups, codes)``."""
+class LogitWeights(nn.Module):
+    """Weight ``(groups · codes, dim)``, normal with deviation ``std``, and bias ``(groups · codes,)``, 0 at first, of a
+    linear map to logits; calling it gives fp32 copies of both by group: ``(groups, codes, dim)``, ``(groups, codes)``,
+    differentiable."""
 
-    def __init__(self, input_dim: int, groups: int, codes: int, std: float) -> None:
-        super().__init__(input_dim, groups * codes, dtype=torch.float32)
+    def __init__(self, groups: int, codes: int, dim: int, std: float) -> None:
+        super().__init__()
         self.groups = groups
-        nn.init.normal_(self.weight, std=std)
-        nn.init.zeros_(self.bias)
+        self.weight = nn.Parameter(torch.randn(groups * codes, dim, dtype=torch.float32) * std)
+        self.bias = nn.Parameter(torch.zeros(groups * codes, dtype=torch.float32))
 
-    def forward(self, latents: Tensor) -> Tensor:
-        logits = functional.linear(latents, self.weight.float(), self.bias.float())
-        return logits.reshape(len(latents), self.groups, self.out_features // self.groups)
-
-    def likeliest(self, latents: Tensor) -> Tensor:
-        """The code with the largest logit, of equal ones the first: int64 ``(tokens, groups)``."""
-        rows = max(64, CHUNK_ELEMENTS // self.out_features)
-        return torch.cat([self(part).argmax(dim=-1) for part in latents.split(rows)])
+    def forward(self) -> tuple[Tensor, Tensor]:
+        weight, bias = self.weight.to(torch.float32, copy=True), self.bias.to(torch.float32, copy=True)
+        return weight.unflatten(0, (self.groups, -1)), bias.unflatten(0, (self.groups, -1))
 
 
 class LinearMap(nn.Module):

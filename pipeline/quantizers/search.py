@@ -93,13 +93,15 @@ def _best_of_rows(part: Tensor, weights: Tensor, bias: Tensor, tile: Tensor) -> 
 
 
 def first_maximum(scores: Tensor) -> Tensor:
-    """The first place of each row's highest score: fp32 ``(rows, n · BLOCK)`` without grad → int64 ``(rows,)``.
+    """The first place of each row's highest score: ``(rows, columns)`` without grad → int64 ``(rows,)``.
 
     torch's own argmax is not vectorised on a CPU and would cost half as much as the product that made the scores.
     NumPy's is; with many threads torch's maximum, which is vectorised too, finds the block that holds it sooner.
     """
     if scores.device.type == "cpu" and torch.get_num_threads() <= FEW_THREADS:
         return torch.from_numpy(scores.numpy().argmax(axis=1))
+    if scores.shape[1] % BLOCK:
+        return scores.argmax(dim=1)
     blocks = scores.view(scores.shape[0], -1, BLOCK)
     block = blocks.amax(dim=2).argmax(dim=1)
     chosen = blocks[torch.arange(len(block), device=block.device), block]

@@ -8,7 +8,6 @@ has a distance where p is 0. The rest passes through tiles.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
@@ -18,13 +17,8 @@ from torch.autograd.function import once_differentiable
 
 from pipeline import collectives
 from pipeline.quantizers.entropy import Scope
-
-TILE_ELEMENTS = {"cpu": 1 << 21, "cuda": 1 << 24}
-"""Logits that are worked on at once: 8 MB of fp32 on a CPU, what its cache holds; more on a GPU."""
-SHARES = 3
-"""A tile is at most the 3rd part of all tokens × codes, so that two of them are less than one whole tensor."""
-BLOCK = 64
-"""Codes that one step of the argmax compares."""
+from pipeline.quantizers.search import first_maximum
+from pipeline.quantizers.tiles import TILE_ELEMENTS, Tiles, gumbel_noise
 
 Distance = Literal["l2", "cross_entropy"]
 
@@ -107,7 +101,7 @@ class _Mix(torch.autograd.Function):
         of_codebook = torch.zeros_like(codebook) if wants[3] else None
         with torch.autocast(latents.device.type, enabled=False):
             factor = None if of_loss is None or not ctx.coefficient else of_loss * ctx.coefficient
-            tiles = _Tiles(log_mixtures, 2)
+            tiles = Tiles(log_mixtures, tokens, number, 2)
             for group in range(groups):
                 pairs = _Pairs(places[group], tokens, number, tiles)
                 # Σ_j p_j · ∂L/∂p_j of each token, which softmax's gradient takes off
@@ -160,16 +154,16 @@ def _mixtures(
     vectors = latents.new_empty(tokens, groups, codebook.shape[2])
     codes = torch.empty(tokens, groups, dtype=torch.int64, device=latents.device)
     mean = latents.new_zeros(groups, number)
-    tiles = _Tiles(log_mixtures, 2 if noise else 1)
+    tiles = Tiles(log_mixtures, tokens, number, 2 if noise else 1)
     for group in range(groups):
         for rows, (tile, *spare) in tiles:
             torch.addmm(bias[group], latents[rows, group], weight[group].T, out=tile)
             if noise:
-                tile.sub_(spare[0].exponential_().log_(), alpha=noise)
+                tile.add_(gumbel_noise(spare[0]), alpha=noise)
             kept = log_mixtures[group, rows]
             torch.log_softmax(tile, dim=-1, out=kept)
             torch.exp(kept, out=tile)
-            codes[rows, group] = _first_maximum(kept)
+            codes[rows, group] = first_maximum(kept)
             vectors[rows, group] = tile @ codebook[group]
             mean[group] += tile.sum(dim=0)
             if squares is not None:
@@ -177,25 +171,10 @@ def _mixtures(
     return log_mixtures, squares, vectors, codes, mean / max(1, tokens)
 
 
-class _Tiles:
-    """Rows of tokens, and for each as many scratch tiles ``(rows, codes)`` as asked for, always the same memory."""
-
-    def __init__(self, like: Tensor, number: int) -> None:
-        _, self.tokens, codes = like.shape
-        elements = TILE_ELEMENTS.get(like.device.type, TILE_ELEMENTS["cuda"])
-        self.rows = max(1, min(elements // codes, -(-self.tokens // SHARES)))
-        self._scratch = [like.new_empty(self.rows, codes) for _ in range(number)]
-
-    def __iter__(self) -> Iterator[tuple[slice, list[Tensor]]]:
-        for start in range(0, self.tokens, self.rows):
-            rows = slice(start, min(start + self.rows, self.tokens))
-            yield rows, [tile[: rows.stop - rows.start] for tile in self._scratch]
-
-
 class _Pairs:
     """The pairs of a token and a code that pulls it, by tile. ``places``: token · codes + code, ascending."""
 
-    def __init__(self, places: Tensor, tokens: int, codes: int, tiles: _Tiles) -> None:
+    def __init__(self, places: Tensor, tokens: int, codes: int, tiles: Tiles) -> None:
         self.places, self.step = places, tiles.rows * codes
         self.counts = torch.bincount(places // codes, minlength=tokens + 1)  # the last: pairs of other ranks
         starts = torch.arange(-(-tokens // tiles.rows) + 1, device=places.device) * self.step
@@ -317,14 +296,3 @@ def _largest(values: Tensor, number: int) -> tuple[Tensor, Tensor]:
         order = values[tied].sort(dim=-1, descending=True, stable=True)
         best[tied], places[tied] = order.values[:, :number], order.indices[:, :number]
     return best, places
-
-
-def _first_maximum(values: Tensor) -> Tensor:
-    """The first place of each row's maximum, block by block where they fit: on a CPU a plain maximum vectorises and an
-    argmax does not."""
-    rows, columns = values.shape
-    if columns % BLOCK:
-        return values.argmax(dim=1)
-    blocks = values.view(rows, -1, BLOCK)
-    block = blocks.amax(dim=2).argmax(dim=1)
-    return block * BLOCK + blocks[torch.arange(rows, device=values.device), block].argmax(dim=1)

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from launch.local import local_command
-from pipeline.quantizers import gumbel
+from pipeline.quantizers import gumbel_softmax
 from pipeline.training.checkpoint import read_weights
 from pipeline.training.run_folder import Run
 from tests.distributed.harness import run_ranks
@@ -112,16 +112,15 @@ def test_gradients_with_penalty_and_diversity_are_those_of_one_process(ranks):
 def test_joined_diversity_is_that_of_one_forward_of_all_clips(monkeypatch):
     """With scope=global and a micro-batch a rank: penalty and contrast are sums over clips anyway."""
     parts = [micro_batch("gumbel", 0, number) for number in range(STEP_MICRO_BATCHES)]
-    batch, draw = speech.join_batches(parts), gumbel.gumbel_noise
+    batch, draw = speech.join_batches(parts), gumbel_softmax.gumbel_noise
 
-    def noise_of_parts(logits):  # each rank's own
-        drawn = []
-        for number, of_part in enumerate(logits.split([part.targets for part in parts])):
+    def noise_of_parts(out):  # each rank's own
+        for number, of_part in enumerate(out.split([part.targets for part in parts])):
             torch.manual_seed(number)
-            drawn.append(draw(of_part))
-        return torch.cat(drawn)
+            draw(of_part)
+        return out
 
-    monkeypatch.setattr(gumbel, "gumbel_noise", noise_of_parts)
+    monkeypatch.setattr(gumbel_softmax, "gumbel_noise", noise_of_parts)
     model = build("gumbel, joined")
     backward(model, batch, batch.targets)
     expected = {name: each.grad for name, each in model.named_parameters()}

@@ -7,11 +7,17 @@ import torch
 
 from pipeline.codebooks import CodebookSync
 from pipeline.quantizers import build_quantizer
+from pipeline.quantizers.tiles import gumbel_noise
 
 
 def build(**options):
     torch.manual_seed(0)
     return build_quantizer({"kind": "gumbel", "dim": 6, "codes": 4, "groups": 2, **options})
+
+
+def logits_of(quantizer, latents):
+    weight, bias = quantizer.head()
+    return torch.einsum("td,gkd->tgk", latents, weight) + bias
 
 
 @pytest.mark.parametrize(
@@ -39,7 +45,7 @@ def test_diversity_is_that_of_the_mean_softmax_without_noise():
     quantizer = build(diversity_weight=0.1)
     latents = torch.randn(50, 6)
     loss = quantizer(latents).losses["diversity"]
-    logits = quantizer.head(latents).detach().reshape(50, 2, 4)
+    logits = logits_of(quantizer, latents).detach()
     probabilities = torch.softmax(logits, dim=-1).mean(dim=0).double()
     perplexities = torch.exp(-(probabilities * probabilities.log()).sum(dim=-1))
     assert float(loss.detach()) == pytest.approx(float(0.1 * (8 - perplexities.sum()) / 8), abs=1e-6)
@@ -104,8 +110,8 @@ def test_gradients_are_those_of_the_straight_through_one_hot():
 
     quantizer.zero_grad()
     torch.manual_seed(4)
-    logits = quantizer.head(latents).reshape(7, 2, 4)
-    noise = -torch.empty_like(logits).exponential_().log()
+    logits = logits_of(quantizer, latents)
+    noise = gumbel_noise(torch.empty(7, 2, 4))
     soft = torch.softmax((logits + noise) / 2.0, dim=-1)
     one_hot = torch.nn.functional.one_hot(soft.argmax(-1), 4).float()
     vectors = torch.einsum("tgk,gkd->tgd", one_hot + soft - soft.detach(), quantizer.code_vectors()).reshape(7, 6)

@@ -11,6 +11,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from pipeline.quantizers import simplex
 from pipeline.quantizers.simplex import Mixtures, Neighbourhood, mix, nearest_tokens
+from pipeline.quantizers.tiles import TILE_ELEMENTS, Tiles, gumbel_noise
 
 GOLDEN = torch.tensor([[0.7, 0.2, 0.1], [0.6, 0.3, 0.1], [0.1, 0.8, 0.1], [0.3, 0.3, 0.4]])
 
@@ -69,10 +70,10 @@ def test_noise_is_drawn_once_and_is_that_of_gumbel(distance):
     torch.manual_seed(1)
     found = mix(*inputs, neighbourhood, noise=0.5)
     torch.manual_seed(1)
-    rows = simplex._Tiles(torch.empty(2, 23, 6), 1).rows
+    rows = Tiles(torch.empty(0), 23, 6, 1).rows
     parts = [part.shape for part in torch.empty(23, 6).split(rows)]
-    drawn = [[torch.empty(shape, dtype=torch.float64).exponential_() for shape in parts] for _group in range(2)]
-    noise = -0.5 * torch.stack([torch.cat(of_group) for of_group in drawn], dim=1).log()
+    drawn = [[gumbel_noise(torch.empty(shape, dtype=torch.float64)) for shape in parts] for _group in range(2)]
+    noise = 0.5 * torch.stack([torch.cat(of_group) for of_group in drawn], dim=1)
     expected = textbook(*inputs, neighbourhood, noise)
     torch.testing.assert_close(tuple(found[:4]), expected)
     torch.testing.assert_close(gradients(found[0], found[1], inputs), gradients(*expected[:2], inputs))
@@ -186,7 +187,7 @@ def test_of_equally_near_tokens_the_earlier_is_taken(tokens, levels, neighbours)
 def test_the_size_of_tiles_is_no_part_of_the_result(monkeypatch, elements):
     inputs, neighbourhood = problem(), Neighbourhood(3, "l2")
     expected = textbook(*inputs, neighbourhood)
-    monkeypatch.setitem(simplex.TILE_ELEMENTS, "cpu", elements)
+    monkeypatch.setitem(TILE_ELEMENTS, "cpu", elements)
     found = mix(*inputs, neighbourhood)
     torch.testing.assert_close(tuple(found[:4]), expected)
     torch.testing.assert_close(gradients(found[0], found[1], inputs), gradients(*expected[:2], inputs))
