@@ -63,6 +63,24 @@ class ImageBatch:
     number: int  # of the micro-batch within the step
     targets: int  # values in ``pixels``
 
+    def classes(self, number: int) -> Tensor:
+        """The labels, for a net that knows ``number`` classes. Raises ValueError for an image without a class of
+        these."""
+        wrong = (self.labels < 0) | (self.labels >= number)
+        if bool(wrong.any()):
+            place = int(wrong.nonzero()[0])
+            label = int(self.labels[place])
+            if label < 0:
+                raise ValueError(
+                    f"image {self.keys[place]} has no label: train on a data set that `tessera prepare images` made of "
+                    "a tree with a folder for each class"
+                )
+            raise ValueError(
+                f"image {self.keys[place]} is of class {label}, the net has model.classes={number}: use "
+                f"model.classes={label + 1} or more"
+            )
+        return self.labels
+
     def to(self, device: torch.device | str) -> ImageBatch:
         """The batch with its tensors on ``device``."""
         return _to(self, device)

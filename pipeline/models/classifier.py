@@ -42,8 +42,8 @@ class Classifier(nn.Module):
         return [module for module in self.modules() if isinstance(module, Block)]
 
     def forward(self, batch: ImageBatch) -> StepOutput:
-        """Losses and metrics of one micro-batch. Raises ValueError for an image without a label."""
-        labels = self._check_labels(batch)
+        """Losses and metrics of one micro-batch. Raises ValueError for an image without a class of the net's."""
+        labels = batch.classes(self.config.classes)
         output = self.quantizer(self._features(batch.pixels))
         logits = self._classify(output.vectors)
         loss = functional.cross_entropy(logits, labels, label_smoothing=self.config.label_smoothing)
@@ -75,17 +75,6 @@ class Classifier(nn.Module):
         """→ logits ``(batch, classes)`` fp32."""
         transformer = self.config.architecture == "vit"
         return self.head(vectors.squeeze(1) if transformer else vectors.permute(0, 3, 1, 2)).float()
-
-    def _check_labels(self, batch: ImageBatch) -> Tensor:
-        labels = batch.labels
-        if bool(((labels < 0) | (labels >= self.config.classes)).any()):
-            wrong = int(((labels < 0) | (labels >= self.config.classes)).nonzero()[0])
-            raise ValueError(
-                f"sample {batch.keys[wrong]} has the label {int(labels[wrong])} and model.classes="
-                f"{self.config.classes}: train on a data set that `tessera prepare images` made of a tree with a "
-                "folder for each class"
-            )
-        return labels
 
 
 def accuracies(logits: Tensor, labels: Tensor) -> dict[str, tuple[Tensor, Tensor]]:

@@ -131,7 +131,8 @@ class ViTSOM(nn.Module):
             metrics = {"mse": (error.detach().square().sum(), values)}
         else:
             assert self.head is not None
-            labels = self._labels(batch)
+            assert self.config.classes is not None
+            labels = batch.classes(self.config.classes)
             logits = self.head(tokens[:, 0]).float()
             smoothed = functional.cross_entropy(logits, labels, label_smoothing=self.config.label_smoothing)
             losses = {"classification": smoothed * batch.targets}
@@ -213,21 +214,6 @@ class ViTSOM(nn.Module):
         values = self.decoder(tokens).reshape(len(tokens), grid, grid, patch, patch, channels)
         images = torch.einsum("byxvuc->bcyvxu", values)  # rows of patches, rows within a patch, and columns likewise
         return images.reshape(len(tokens), channels, grid * patch, grid * patch)
-
-    def _labels(self, batch: ImageBatch) -> Tensor:
-        smallest, largest = int(batch.labels.min()), int(batch.labels.max())
-        if smallest < 0:
-            raise ValueError(
-                f"image {batch.keys[int(batch.labels.argmin())]} has no label: prepare a tree with a folder a class "
-                "(`tessera prepare images`), or use model.task=clustering"
-            )
-        assert self.config.classes is not None
-        if largest >= self.config.classes:
-            raise ValueError(
-                f"image {batch.keys[int(batch.labels.argmax())]} is of class {largest}, the head has "
-                f"model.classes={self.config.classes}: use model.classes={largest + 1} or more"
-            )
-        return batch.labels
 
     def _initialise(self) -> None:
         for name, module in self.named_modules():
