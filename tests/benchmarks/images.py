@@ -5,7 +5,9 @@ of the KSOM paper (32 × 32 pixels, 8 × 8 latents of 64 features, 512 codes) wi
 
 - each kind of quantizer, over the same net with `identity`,
 - vector-quantize-pytorch's layer in the same net,
-- `identity` and `ema` with weights and images in channels-last order.
+- `identity` and as many products of tokens × codes × features as mixtures of codes (`knn_simplex`) and a softmax over
+  codes (`gumbel`) can't do without, forward and backward: the least that these kinds can add,
+- `identity` and `ema` with their residual blocks compiled (`engine.compile`).
 
 They take turns in one process, so that other load on the machine meets all alike. CPU seconds are those of all threads;
 ratios are medians of a turn's own ratios. What the loader costs beside decoding is `python -m tests.benchmarks.data`.
@@ -25,13 +27,15 @@ from tests.benchmarks.quantizers import step_seconds
 KINDS = ("ema", "ksom", "gd_som", "ste", "affine", "knn_simplex", "gumbel", "simvq", "rotation", "fsq")
 OPTIONS: dict[str, dict[str, Any]] = {"fsq": {"levels": (8, 8, 8)}, "gumbel": {"groups": 1}}
 PEER = "LVQ, EMA"
-CHANNELS_LAST = ", channels last"
+COMPILED = ", compiled"
+PRODUCTS = {"identity and 4 products": 4, "identity and 6 products": 6}
+"""4: logits, and the gradients of p, latents and weights; 6: mixtures and the gradient of codes besides."""
 BASE = "identity"
 CODES = 512
 
 
 def main() -> None:
-    names = [*KINDS, PEER, BASE + CHANNELS_LAST, "ema" + CHANNELS_LAST]
+    names = [*KINDS, PEER, *PRODUCTS, BASE + COMPILED, "ema" + COMPILED]
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--turns", type=int, default=10, help="timed steps of each")
     parser.add_argument("--images", type=int, default=64, help="in a micro-batch")
@@ -72,7 +76,7 @@ def _build(name: str, images: int, side: int, device: str) -> Callable[[], None]
     from pipeline.training.optimizer import build_optimizer
 
     torch.manual_seed(0)
-    kind = name.removesuffix(CHANNELS_LAST)
+    kind = BASE if name in PRODUCTS else name.removesuffix(COMPILED)
     config = AutoencoderConfig()
     base = {"kind": BASE} if kind in (BASE, PEER) else {"kind": kind, "codes": CODES} | OPTIONS.get(kind, {})
     if kind == "fsq":
@@ -82,9 +86,9 @@ def _build(name: str, images: int, side: int, device: str) -> Callable[[], None]
         model.quantizer = _peer(config.latent_dim)
     pixels = torch.rand(images, 3, side, side, generator=torch.Generator().manual_seed(0))
     model.to(device).train()
-    if name.endswith(CHANNELS_LAST):
-        model.to(memory_format=torch.channels_last)
-        pixels = pixels.contiguous(memory_format=torch.channels_last)
+    if name.endswith(COMPILED):
+        for block in model.blocks:
+            block.compile()
     batch = ImageBatch(
         pixels=pixels,
         labels=torch.full((images,), -1),
@@ -95,6 +99,10 @@ def _build(name: str, images: int, side: int, device: str) -> Callable[[], None]
     ).to(device)
     optimizer = build_optimizer(model, OptimizerConfig())
     sync = None if kind == PEER else CodebookSync(model, optimizer=optimizer)
+    tokens = images * (side // model.shrinkage) ** 2
+    left = torch.rand(tokens, config.latent_dim, device=device)
+    right = torch.rand(config.latent_dim, CODES, device=device)
+    product = torch.empty(tokens, CODES, device=device)
 
     def step() -> None:
         optimizer.zero_grad()
@@ -103,6 +111,8 @@ def _build(name: str, images: int, side: int, device: str) -> Callable[[], None]
         optimizer.step()
         if sync is not None:
             sync.step()
+        for _ in range(PRODUCTS.get(name, 0)):
+            torch.mm(left, right, out=product)
 
     return step
 
