@@ -67,7 +67,7 @@ class Classifier(nn.Module):
 
     def _features(self, pixels: Tensor) -> Tensor:
         """→ what is quantized, channels last: ``(batch, h, w, channels)``, of a ViT ``(batch, 1, tokens, dim)``."""
-        images = (pixels - self.pixel_mean) / self.pixel_deviation
+        images = ((pixels - self.pixel_mean) / self.pixel_deviation).contiguous(memory_format=torch.channels_last)
         features = self.encoder(images.to(next(self.head.parameters()).dtype))
         return features.permute(0, 2, 3, 1) if features.ndim == 4 else features.unsqueeze(1)
 
