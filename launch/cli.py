@@ -331,7 +331,8 @@ def evaluate(
     from pipeline.evaluation import downstream_table, metrics_table, networks_told
     from pipeline.evaluation import evaluate as evaluate_run
     from pipeline.evaluation.distances import NetworkFiles
-    from pipeline.evaluation.metrics import downstream_outdated, read_metrics
+    from pipeline.evaluation.kept import dropped_measures
+    from pipeline.evaluation.metrics import read_metrics
 
     if layer is not None and not downstream:
         raise typer.BadParameter("--layer says what --downstream probes: give both, or neither")
@@ -347,12 +348,8 @@ def evaluate(
         typer.echo(line)
     if "downstream" in metrics:
         console.print(downstream_table(metrics))
-    elif "downstream" in before:
-        console.print(
-            f"the downstream measures in metrics.json were dropped: they were {downstream_outdated(before, metrics)}; "
-            "--downstream measures again",
-            soft_wrap=True,
-        )
+    for line in dropped_measures(before, metrics):
+        typer.echo(line)
 
 
 @app.command()

@@ -22,6 +22,7 @@ from pipeline.evaluation.classification import measure_classifier
 from pipeline.evaluation.clustering import measure_map
 from pipeline.evaluation.distances import NetworkFiles
 from pipeline.evaluation.image import measure_images
+from pipeline.evaluation.kept import keep_measures
 from pipeline.evaluation.speech import measure_speech
 from pipeline.training.run_folder import Run
 
@@ -50,16 +51,17 @@ def evaluate(
     ``data`` is a data set folder (the recipe's by default), ``split`` one of its splits (validation where there is
     one, else the recipe's), ``batches`` a limit for a quick look, ``device`` "cuda" where there is one, else "cpu".
     Each sample is seen exactly once, without augmentation. ``downstream`` adds what frozen features of the encoder's
-    ``layer`` are good for, see :mod:`pipeline.evaluation.downstream`; without it, what an earlier evaluation found of
-    the same checkpoint with the same data is kept. ``files`` of networks add distances of images, see
-    :mod:`pipeline.evaluation.distances`. ``raw`` measures the weights that were trained where the run has averaged them
-    too.
+    ``layer`` are good for, see :mod:`pipeline.evaluation.downstream`; ``files`` of networks add distances of images,
+    see :mod:`pipeline.evaluation.distances`. Without these, what the evaluation before found of the same checkpoint
+    with the same data is kept, see :mod:`pipeline.evaluation.kept`. ``raw`` measures the weights that were trained
+    where the run has averaged them too.
 
-    Returned and written: what was measured (``name``, ``kind``, ``quantizer``, ``step``, ``data``, ``split``,
-    ``complete``, ``weights``: "averaged" or "trained"), the metrics of :mod:`pipeline.evaluation.catalogue`,
-    ``code_counts`` (groups × codes), and if it is known ``downstream``. Raises FileNotFoundError for a folder without a
-    run, ValueError for data of another kind, an unknown split, downstream measures of images, networks for speech or
-    another network than a file is given for, and CheckpointError without a checkpoint.
+    Returned and written: what was measured (``name``, ``kind``, ``quantizer``, ``step``, ``data``, ``content``: its
+    fingerprint, ``split``, ``complete``, ``weights``: "averaged" or "trained"), the metrics of
+    :mod:`pipeline.evaluation.catalogue`, ``code_counts`` (groups × codes), and if they are known ``networks`` and
+    ``downstream``. Raises FileNotFoundError for a folder without a run, ValueError for data of another kind, an unknown
+    split, downstream measures of images, networks for speech or another network than a file is given for, and
+    CheckpointError without a checkpoint.
     """
     run = Run(run_dir)
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
@@ -93,6 +95,7 @@ def evaluate(
         "weights": "averaged" if recipe.training.weight_ema and not raw else "trained",
         "step": int(checkpoint.name.removeprefix("step-")) if checkpoint else 0,
         "data": str(dataset.path),
+        "content": dataset.manifest.fingerprint(),
         "split": dataset.split,
         "complete": metrics["samples"] == len(dataset),
         **metrics,
@@ -102,19 +105,9 @@ def evaluate(
         from pipeline.evaluation.downstream import measure_downstream
 
         result["downstream"] = measure_downstream(model, recipe, dataset.path, layer, device)
-    else:
-        before = read_metrics(run.path) or {}
-        if "downstream" in before and not downstream_outdated(before, result):
-            result["downstream"] = before["downstream"]
+    result = keep_measures(read_metrics(run.path) or {}, result)
     write_metrics(run.path / METRICS_FILE, result)
     return result
-
-
-def downstream_outdated(before: dict[str, Any], now: dict[str, Any]) -> str:
-    """Why the downstream measures of an earlier evaluation are not of this one's model and data; "" if they are."""
-    named = {"step": "the checkpoint of step {}", "data": "the data set {}", "weights": "the {} weights"}
-    changed = [name for name in named if before.get(name) != now[name]]
-    return ", ".join(f"of {named[name].format(before.get(name))}, not {now[name]}" for name in changed)
 
 
 def open_split(recipe: Recipe, data: str | Path | None = None, split: str | None = None) -> ShardedDataset:

@@ -14,6 +14,7 @@ from typer.testing import CliRunner
 from launch.cli import app
 from pipeline.evaluation import evaluate
 from pipeline.evaluation.distances import ImageDistances, NetworkFiles
+from pipeline.evaluation.metrics import read_metrics
 from pipeline.models.published import WeightsError
 from tests.evaluation.test_inception import save_inception
 from tests.models.test_lpips import save_backbone
@@ -42,7 +43,19 @@ def test_given_networks_are_named_by_their_hashes(image_run: Path, tmp_path: Pat
     assert done.exit_code == 0, done.output
     assert f"{backbone}, sha256 {hashlib.sha256(backbone.read_bytes()).hexdigest()}" in done.output.replace("\n", "")
     assert "LPIPS" in done.output
-    assert "rFID" not in done.output
+    assert "rFID of the evaluation before dropped, measured on 8 samples, not 29" in done.output
+    assert "rfid" not in json.loads((run / "metrics.json").read_text())
+
+
+def test_a_plain_evaluation_keeps_distances_of_its_checkpoint(image_run: Path, tmp_path: Path) -> None:
+    run = shutil.copytree(image_run, tmp_path / "run")
+    backbone = save_backbone(tmp_path / "alexnet.pth")
+    with_lpips = evaluate(run, files=NetworkFiles(lpips=backbone))
+    assert with_lpips["lpips"] > 0
+    plain = evaluate(run)
+    assert plain == with_lpips == read_metrics(run)
+    other = evaluate(run, split="train")
+    assert not {"lpips", "networks"} & other.keys()
 
 
 def test_distances_of_small_images_and_few(tmp_path: Path) -> None:

@@ -86,14 +86,14 @@ def test_a_plain_evaluation_keeps_what_is_known_of_its_checkpoint(run: Path, tmp
     assert read_metrics(copy) == again
 
     cases = {
-        "step": (2, "of the checkpoint of step 2, not 3"),
-        "data": ("/other/data", f"of the data set /other/data, not {metrics['data']}"),
+        "step": (2, "on the checkpoint of step 2, not 3"),
+        "data": ("/other/data", f"on the data set /other/data, not {metrics['data']}"),
     }
     for name, (before, told) in cases.items():
         write_metrics(copy / "metrics.json", {**metrics, "downstream": known, name: before})
         done = CliRunner().invoke(app, ["evaluate", str(copy)])
         assert done.exit_code == 0, done.output
-        assert f"were dropped: they were {told}; --downstream measures again" in done.output
+        assert f"downstream measures of the evaluation before dropped, measured {told}: --downstream" in done.output
         assert "downstream" not in (read_metrics(copy) or {})
     assert CliRunner().invoke(app, ["evaluate", str(copy), "--layer", "2"]).exit_code == 2
 
