@@ -180,7 +180,7 @@ class SpeechCollation:
 
 
 class ImageCollation:
-    """Decode, resize, crop and mirror; without ``augment`` the centre crop, as it is."""
+    """Decode, resize, crop, mirror and augment; without ``augment`` the centre crop, as it is."""
 
     def __init__(self, data: DataConfig, seed: int, augment: bool = True) -> None:
         self.data = data

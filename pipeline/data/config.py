@@ -64,6 +64,11 @@ class DataConfig(BaseModel):
         (3 / 4, 4 / 3), description="images: width over height of crops by crop_scale, least and most"
     )
     flip: bool = Field(True, description="images: mirror every other image, drawn per sample")
+    rand_augment: int = Field(
+        0, ge=0, description="images: RandAugment's operations on each, as in torchvision; 0 means none"
+    )
+    rand_augment_magnitude: float = Field(9, ge=0, le=30, description="images: how strong these are, of 30")
+    erasing: float = Field(0, ge=0, le=1, description="images: probability that a rectangle of one becomes noise")
 
     cache: Path | None = Field(None, description="folder for shards of remote data; none means one for temporary files")
     cache_gigabytes: float = Field(50.0, gt=0, description="how much of remote data is kept there, in 1e9 bytes")

@@ -17,6 +17,7 @@ from torch.nn import functional
 from torchvision.io import ImageReadMode, decode_jpeg
 
 from pipeline.data.audio import DecodeError
+from pipeline.data.augmentation import erase_, rand_augment
 from pipeline.data.config import DataConfig
 from pipeline.data.rgb import to_rgb
 
@@ -40,13 +41,13 @@ def decode_image(content: bytes) -> Tensor:
 def view_image(
     pixels: Tensor, data: DataConfig, generator: np.random.Generator | None, out: Tensor | None = None
 ) -> Tensor:
-    """Resize, crop and mirror by ``data``: uint8 ``(3, height, width)`` → float32 ``(3, image_size, image_size)`` in
-    [0, 1], written into ``out`` if it is given.
+    """Resize, crop, mirror and augment by ``data``: uint8 ``(3, height, width)`` → float32 ``(3, image_size,
+    image_size)`` in [0, 1], written into ``out`` if it is given.
 
     The shorter side becomes ``data.resize`` (or ``image_size``), or with ``fit: stretch`` both sides ``image_size``,
     antialiased. With a generator the crop's place and the mirroring are drawn where ``data`` asks for it; without one
     it is the centre crop of evaluation. With ``data.crop_scale`` and a generator a part of the whole image is drawn and
-    resized instead.
+    resized instead. RandAugment and erasing follow, with a generator alone.
     """
     side = data.image_size
     if generator is not None and data.crop_scale is not None:
@@ -92,6 +93,12 @@ def _resized(pixels: Tensor, height: int, width: int) -> Tensor:
 
 
 def _finish(view: Tensor, data: DataConfig, generator: np.random.Generator | None, out: Tensor | None) -> Tensor:
-    if generator is not None and data.flip and generator.random() < 0.5:
+    if generator is None:
+        return torch.div(view.contiguous(), 255, out=out)
+    if data.flip and generator.random() < 0.5:
         view = view.flip(2)
-    return torch.div(view.contiguous(), 255, out=out)
+    # Behind the other draws: with and without these options an image has the same crop.
+    view = rand_augment(view.contiguous(), data.rand_augment, data.rand_augment_magnitude, generator)
+    pixels = torch.div(view, 255, out=out)
+    erase_(pixels, data.erasing, generator)
+    return pixels
