@@ -13,9 +13,20 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from typer.core import TyperGroup
+
+
+class InOrderOfUse(TyperGroup):
+    """Lists `prepare` after `demo`, before what reads its shards: Typer puts groups last."""
+
+    def list_commands(self, ctx: Any) -> list[str]:
+        names = [name for name in super().list_commands(ctx) if name != "prepare"]
+        return [*names[:1], "prepare", *names[1:]]
+
 
 app = typer.Typer(
     name="tessera",
+    cls=InOrderOfUse,
     help="Pretrain discrete representations of speech and images, the same on any number of machines.",
     no_args_is_help=True,
     add_completion=False,
@@ -179,7 +190,7 @@ def prepare_images(
     jpeg_quality: Annotated[int, typer.Option(min=1, max=100, help="Of images that are encoded anew.")] = 95,
     colour: Annotated[Colour, typer.Option(help="Store every image in this colour mode.")] = Colour.keep,
 ) -> None:
-    """JPEG, PNG, WebP, GIF, TIFF → WebDataset shards; folders are classes."""
+    """JPEG, PNG, WebP, BMP, GIF, TIFF, JPEG 2000 → WebDataset shards; folders are classes."""
     _prepare(
         "image",
         source,
@@ -265,8 +276,8 @@ def launch(
     overrides: Overrides = None,
     on: Annotated[Backend, typer.Option(help="What starts the ranks.")] = Backend.local,
     run: Annotated[Path, typer.Option(help="Run folder, on a file system that all nodes see.")] = ...,  # type: ignore[assignment]
-    nodes: Annotated[int, typer.Option(min=1)] = 1,
-    ranks_per_node: Annotated[int, typer.Option(min=1)] = 1,
+    nodes: Annotated[int, typer.Option(min=1, help="Machines to train on.")] = 1,
+    ranks_per_node: Annotated[int, typer.Option(min=1, help="Processes on each, such as one a GPU.")] = 1,
     gpus: Annotated[bool, typer.Option(help="slurm, kubernetes: ask for a GPU a rank; ray: use them if there.")] = True,
     failures: Annotated[int, typer.Option(min=0, help="ray: dead worker groups to replace before giving up.")] = 3,
     ray_address: RayAddress = None,
@@ -393,13 +404,16 @@ def decode(
 def export(
     run: Annotated[Path, typer.Argument(help="Run folder.")],
     out: Annotated[Path, typer.Argument(help="Folder for the weights.")],
-    format: Annotated[ExportFormat, typer.Option("--format", help="Whose format.")] = ExportFormat.huggingface,
+    format: Annotated[
+        ExportFormat | None,
+        typer.Option("--format", help="Whose format; by default huggingface for speech, safetensors for images."),
+    ] = None,
     raw_weights: RawWeights = False,
 ) -> None:
     """Weights that others can load."""
     from pipeline.export import export as export_run
 
-    typer.echo(f"wrote {export_run(run, out, format=format.value, raw=raw_weights)}")
+    typer.echo(f"wrote {export_run(run, out, format=format.value if format else None, raw=raw_weights)}")
 
 
 @app.command()

@@ -23,26 +23,28 @@ CODEBOOK_FILE = "codebook.safetensors"
 """Of several levels each has one: ``codebook.LEVEL.safetensors``."""
 
 
-def export(run: str | Path, out: str | Path, format: str = "huggingface", raw: bool = False) -> Path:
+def export(run: str | Path, out: str | Path, format: str | None = None, raw: bool = False) -> Path:
     """Write the weights of ``run``'s latest checkpoint to the new folder ``out`` and return it.
 
     huggingface: a ``Wav2Vec2Model`` folder for transformers, with a ``gumbel`` quantizer a ``Wav2Vec2ForPreTraining``;
-    fairseq2: ``model.pt`` and the asset card ``model.yaml``; safetensors: the whole state dict under our names. Each
-    with ``codebook.safetensors``, which :func:`load_quantizer` reads, and the recipe. Of a run that averages its
-    weights these are the average, unless ``raw``.
+    fairseq2: ``model.pt`` and the asset card ``model.yaml``; safetensors: the whole state dict under our names;
+    None: huggingface for speech, safetensors for images. Each with ``codebook.safetensors``, which
+    :func:`load_quantizer` reads, and the recipe. Of a run that averages its weights these are the average, unless
+    ``raw``.
 
     Raises ValueError for an unknown format, for a format that does not know the model, and FileExistsError when ``out``
     holds something. After an error ``out`` is as it was.
     """
     out = Path(out)
     writers = {"huggingface": _huggingface, "fairseq2": _fairseq2, "safetensors": _safetensors}
-    if format not in writers:
+    if format is not None and format not in writers:
         raise ValueError(f"format={format!r}: use {', '.join(writers)}")
     if out.is_dir() and any(out.iterdir()):
         raise FileExistsError(f"{out} holds files already: give a new folder")
     if out.exists() and not out.is_dir():
         raise FileExistsError(f"{out} is a file: give a new folder")
     model, recipe = Run(run).load_model(raw=raw)
+    format = format or ("huggingface" if recipe.data_kind == "speech" else "safetensors")
     if format != "safetensors" and recipe.data_kind != "speech":
         raise ValueError(f"format={format} has no model like {recipe.model.kind}: use safetensors")
     out.parent.mkdir(parents=True, exist_ok=True)

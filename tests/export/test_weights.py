@@ -50,6 +50,11 @@ def test_safetensors_holds_the_whole_state(image_run, tmp_path):
         assert json.loads(file.metadata()["quantizer"])["kind"] == "ksom"
 
 
+def test_images_are_exported_as_safetensors_unless_told_otherwise(image_run, tmp_path):
+    folder = export(image_run, tmp_path / "default")
+    assert {file.name for file in folder.iterdir()} == {"model.safetensors", "codebook.safetensors", "recipe.yaml"}
+
+
 @pytest.mark.parametrize("mask", [0o022, 0o077])
 def test_who_may_read_an_export_is_the_umasks_say(mask, image_run, tmp_path):
     before = os.umask(mask)

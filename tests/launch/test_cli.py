@@ -4,6 +4,8 @@ import subprocess
 import sys
 
 import pytest
+from click import Context
+from typer.main import get_command
 from typer.testing import CliRunner
 
 from launch.cli import app
@@ -17,6 +19,7 @@ COMMANDS = [
     "launch",
     "evaluate",
     "tokenize",
+    "decode",
     "export",
     "report",
     "inspect",
@@ -45,6 +48,11 @@ def test_help_loads_no_library():
     assert result.stdout.splitlines()[-1] == "[]"
     for command in COMMANDS:
         assert command in result.stdout
+
+
+def test_commands_are_listed_in_the_order_of_their_use():
+    command = get_command(app)
+    assert command.list_commands(Context(command)) == COMMANDS
 
 
 @pytest.mark.parametrize("command", [[name] for name in COMMANDS] + [["prepare", "speech"], ["prepare", "images"]])
