@@ -40,7 +40,11 @@ Overrides = Annotated[
     list[str] | None, typer.Argument(metavar="[key=value]…", help="Dotted overrides, such as quantizer.kind=ksom.")
 ]
 RecipeArgument = Annotated[
-    str, typer.Argument(help="A recipe file, or the name of a bundled recipe such as speech/wav2vec2_tiny.")
+    str,
+    typer.Argument(
+        help="A recipe file, or the name of a bundled recipe such as speech/wav2vec2_tiny or "
+        "image/autoencoder_tiny_ksom."
+    ),
 ]
 
 

@@ -281,11 +281,25 @@ def find_recipe(path: str | Path) -> Path:
         if name in (file.stem, f"{file.parent.name}/{file.stem}"):
             return file
     names = [f"{file.parent.name}/{file.stem}" for file in bundled]
-    near = difflib.get_close_matches(name, names + [file.stem for file in bundled], n=1)
+    near = _with_words_of(name, names) or difflib.get_close_matches(name, names + [file.stem for file in bundled], n=1)
     raise RecipeError(
         f"recipe {path} does not exist: use a YAML file or one of {', '.join(names)}"
-        + (f"; did you mean {near[0]}?" if near else "")
+        + (f"; did you mean {_any_of(near)}?" if near else "")
     )
+
+
+def _with_words_of(given: str, names: Sequence[str]) -> list[str]:
+    """The recipes of the folder that ``given`` names, or of all, with every word of it in their names: ``image/tiny``
+    and ``vqgan`` are the beginnings of several."""
+    folder, _, stem = given.rpartition("/")
+    words = set(stem.replace("-", "_").split("_")) - {""}
+    found = []
+    for name in names:
+        home, _, rest = name.partition("/")
+        known = {known for word in rest.split("_") for known in (word, word.rstrip("0123456789"))}  # vqvae2 is a vqvae
+        if words and words <= known and folder in ("", home):
+            found.append(name)
+    return found
 
 
 def changed_keys(old: Recipe, new: Recipe) -> dict[str, tuple[Any, Any]]:

@@ -22,6 +22,36 @@ def test_bundled_recipes_are_found_by_name_path_and_stem():
         assert load_recipe(name) == expected
 
 
+@pytest.mark.parametrize(
+    ("name", "meant"),
+    [
+        (
+            "image/tiny",
+            "image/autoencoder_tiny_ksom, image/autoencoder_tiny_two_phases, image/classifier_tiny or "
+            "image/vit_tiny_imagenet100",
+        ),
+        ("recipes/image/tiny_autoencoder.yaml", "image/autoencoder_tiny_ksom or image/autoencoder_tiny_two_phases"),
+        ("speech/tiny", "speech/wav2vec2_tiny"),
+        ("vqvae2", "image/vqvae2_imagenet256"),
+        ("vqgan", "image/vqgan_imagenet256_f16 or image/vqgan_imagenet256_f8"),
+        ("vit_som_fashion", "som/vit_som_fashion_mnist"),
+        ("image/autoencoder_tiny_kosm", "image/autoencoder_tiny_ksom"),
+        ("wav2vec2_tny", "wav2vec2_tiny"),
+    ],
+)
+def test_a_recipe_that_does_not_exist_is_told_those_that_may_be_meant(name, meant):
+    with pytest.raises(RecipeError) as refusal:
+        load_recipe(name)
+    assert str(refusal.value).endswith(f"; did you mean {meant}?")
+
+
+def test_a_name_like_no_recipes_is_told_them_all():
+    with pytest.raises(RecipeError) as refusal:
+        load_recipe("image/")
+    assert "image/autoencoder_tiny_ksom" in str(refusal.value)
+    assert "did you mean" not in str(refusal.value)
+
+
 def test_overrides_are_dotted_and_typed():
     recipe = load_recipe(IMAGE, ["quantizer.codes=32", "quantizer.grid=[8,4]", "batch.micro_batches=12", "name=other"])
     assert (recipe.quantizer.codes, recipe.quantizer.grid) == (32, (8, 4))
