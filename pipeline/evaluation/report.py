@@ -18,6 +18,7 @@ from pipeline.evaluation.image_figures import image_pictures
 from pipeline.evaluation.map_figures import map_pictures
 from pipeline.evaluation.run_view import RunView, open_runs
 from pipeline.evaluation.speech_figures import speech_pictures
+from pipeline.evaluation.usage_figures import usage_pictures
 
 KINDS = {"speech": "Speech", "image": "Images"}
 CURVES = {
@@ -140,6 +141,7 @@ def kind_section(name: str, kind: str, views: Sequence[RunView]) -> list[str]:
             page.figure(rank_chart("Codes by frequency", counts)),
         ]
         parts += [page.heading("Use of the codebook", 3), page.cards(charts)]
+    parts += usage_pictures(views)
     if kind == "speech":
         return parts + speech_pictures(views)
     parts += image_pictures(views)

@@ -28,6 +28,7 @@ class RunView:
     """One run in a report. ``model``, ``dataset`` and ``metrics`` are None where ``missing`` says why."""
 
     name: str
+    path: Path
     colour: str
     recipe: Any
     history: History
@@ -83,7 +84,9 @@ def open_runs(paths: Sequence[str | Path]) -> list[RunView]:
         colour = PALETTE[place % len(PALETTE)]
         history = read_history(run.log())
         before = tuple(read_history(phase.log()) for phase, _ in run.phases(recipe)[:-1])
-        views.append(RunView(name, colour, recipe, history, environment, metrics, model, dataset, missing, before))
+        views.append(
+            RunView(name, run.path, colour, recipe, history, environment, metrics, model, dataset, missing, before)
+        )
     return views
 
 

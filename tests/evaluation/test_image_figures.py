@@ -34,7 +34,7 @@ def open_untrained(image_dataset: Path) -> Opener:
         torch.manual_seed(0)
         model = build_model(recipe.model, recipe.quantizer).eval()
         dataset = ShardedDataset(image_dataset, "validation")
-        return RunView(kind, "#3b7fc4", recipe, History([]), {}, None, model, dataset, "")
+        return RunView(kind, Path(), "#3b7fc4", recipe, History([]), {}, None, model, dataset, "")
 
     return view
 
