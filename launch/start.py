@@ -28,14 +28,18 @@ def start_locally(
 ) -> int:
     """`tessera train`: ranks of this machine under torchrun, progress on the terminal."""
     from launch.follow import Follow
+    from pipeline.training.run_folder import Run
 
     ranks = ranks or _default_ranks()
     recipe = check_run(recipe_name, overrides, run, ranks)
+    before = Run(run).list_checkpoints()
     with Follow(run, recipe):
         code = local.train_locally(recipe_name, overrides, run, ranks, recipe.training.steps, profile=profile)
     if code == RESUME_ME:
         print(f"stopped before its end; the same command goes on from {run}")
-    if code == 0:
+    if code == 0 and before and Run(run).list_checkpoints() == before:
+        print(f"nothing is left to train: {run} has its steps; a higher training.steps trains on")
+    elif code == 0:
         print(f"trained into {run}; next: tessera evaluate {run}, tessera report {run}")
     return code
 

@@ -5,7 +5,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from launch.start import Launch, start
+from launch.start import Launch, start, start_locally
+from tests.conftest import SMALL_IMAGE
 
 IMAGE = "image/autoencoder_tiny_ksom"
 
@@ -62,3 +63,11 @@ def test_what_is_missing_is_named(launch, image_dataset, monkeypatch, tmp_path):
         launch("local", data, run="run", gpus=False)
     with pytest.raises(ValueError, match="--nodes 2 with --on local"):
         launch("local", data, run="run", nodes=2)
+
+
+@pytest.mark.slow
+def test_a_finished_run_is_told_from_one_that_trained(image_dataset, capsys, tmp_path):
+    overrides = [f"data.path={image_dataset}", *SMALL_IMAGE, "training.steps=2", "schedule.warmup_steps=1"]
+    for told in ("trained into", "nothing is left to train"):
+        assert start_locally(IMAGE, overrides, tmp_path / "run", 1) == 0
+        assert told in capsys.readouterr().out
