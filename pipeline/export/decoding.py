@@ -43,11 +43,17 @@ def decode(run: str | Path, tokens: str | Path, out: str | Path, form: str = "pn
     """Write the image of every sample of ``tokens`` to the new folder ``out``, as ``form`` "png" or "jpeg".
 
     Uses a running Ray or starts one. Raises FileNotFoundError where there is no finished set of tokens, ValueError for
-    codes of speech and for tokens that another model made, FileExistsError for an ``out`` that holds anything.
+    codes of speech, a run without a decoder and tokens that another model made, FileExistsError for an ``out`` that
+    holds anything.
     """
     started = time.perf_counter()
     trained, tokens, out = Run(Path(run).resolve()), Path(tokens).resolve(), Path(out).resolve()
-    trained.recipe()
+    model = trained.recipe().model
+    if model.kind == "classifier" or getattr(model, "task", None) == "classification":
+        raise ValueError(
+            f"{trained.path} was trained to name classes, with model.kind={model.kind}, and has no decoder: only an "
+            "autoencoder's codes become images again"
+        )
     manifest = read_tokens_manifest(tokens)
     if manifest["kind"] != "image-codes":
         raise ValueError(f"{tokens} holds {manifest['kind'].replace('-', ' ')}: only codes of images can be decoded")

@@ -3,7 +3,8 @@
 In: a run and a prepared data set. Out: the same splits and shards with codes instead of samples, plain WebDataset:
 KEY.npy, int16 or int32 ``(frames, groups)`` for speech and ``(height, width, groups)`` for images, and KEY.json; and
 manifest.json with the hash of each shard, written last. A model with several levels of codes writes one array each,
-KEY.LEVEL.npy.
+KEY.LEVEL.npy. A vision transformer that names classes has a row of tokens, ``(1, 1 + patches, groups)``, the class
+token first.
 
 Speech: frame n begins n / ``frame_rate`` (Hz) seconds into the clip. Neighbouring frames with the same code in every
 group are a run: KEY.json has the ``durations`` of a clip's runs, in frames, and their ``starts`` in seconds. With

@@ -4,12 +4,15 @@ import functools
 import json
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from torchvision import models
 
+from pipeline.data import ShardedDataset
 from pipeline.evaluation import evaluate, write_report
-from pipeline.export import export, load_quantizer
+from pipeline.evaluation.metrics import ordered_batches
+from pipeline.export import decode, export, load_quantizer, tokenize
 from pipeline.models import build_model
 from pipeline.models.classifier import accuracies
 from pipeline.models.config import ClassifierConfig
@@ -20,6 +23,7 @@ from pipeline.training.run_folder import Run
 from recipes.schema import RecipeError, load_recipe
 from tests.conftest import train
 from tests.distributed.harness import run_ranks
+from tests.export.test_tokens import stock_reader
 from tests.training.engine_steps import BETA, STEP_MICRO_BATCHES, build, image_batch, joined, micro_batch, take_all
 
 SMALL = {"architecture": "vit", "classes": 7, "patch": 4, "width": 8, "heads": 2, "depth": 2, "quantize_after": 1}
@@ -201,6 +205,16 @@ def test_a_run_on_photographs_is_measured_shown_and_exported(image_dataset, tmp_
     assert "top-5 accuracy" in write_report(run, tmp_path / "report.html").read_text()
     out = export(run, tmp_path / "export", "safetensors")
     assert load_quantizer(out).codes == 64
+    tokens = tokenize(run, image_dataset, tmp_path / "tokens")
+    assert tokens.tokens == 280 * 65
+    assert json.loads((tokens.out / "manifest.json").read_text())["latent_grid"] == [1, 65]
+    model, recipe = Run(run).load_model()
+    batch = next(ordered_batches(recipe, ShardedDataset(image_dataset, "validation")))
+    stored = stock_reader(tokens.out, "validation")
+    for key, codes in zip(batch.keys, model.encode_codes(batch)[0], strict=True):
+        assert np.array_equal(stored[key]["npy"], codes.numpy())
+    with pytest.raises(ValueError, match=r"name classes, with model\.kind=classifier, and has no decoder"):
+        decode(run, tokens.out, tmp_path / "images")
 
 
 @pytest.mark.slow
