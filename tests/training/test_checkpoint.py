@@ -172,7 +172,7 @@ def _check_conversions(folder, ranks, pairs):
         assert {steps[1][name] for name in steps[0]} == {STEPS}
 
 
-@pytest.mark.parametrize("ranks", [1, 3])
+@pytest.mark.parametrize("ranks", [1, pytest.param(3, marks=pytest.mark.slow)])
 def test_another_layout_of_ranks_reads_every_bit(saved, ranks):
     _check_conversions(saved, ranks, [(stage, (stage + ranks) % 4) for stage in STAGES])
 

@@ -72,6 +72,7 @@ def test_a_changed_data_set_is_refused_saying_what_changed(run: Path, image_data
     assert len(Run(run).log()) == 4, "no step was taken"
 
 
+@pytest.mark.slow
 def test_a_mixture_instead_of_a_data_set_is_refused(run: Path, image_dataset: Path) -> None:
     """The recipe's check passes data.mix, as data sets may move; the data state's does not."""
     both = [{"path": str(image_dataset)}, {"path": str(image_dataset), "split": "validation", "weight": 0.5}]

@@ -155,5 +155,6 @@ def longest_wait(seconds):
     return group.options._timeout.total_seconds()
 
 
+@pytest.mark.slow
 def test_no_rank_waits_longer_for_gradients_than_for_anything_else():
     assert run_ranks(longest_wait, 2, 17) == [17, 17]

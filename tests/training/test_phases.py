@@ -161,6 +161,7 @@ def test_another_number_of_ranks_trains_the_same(image_dataset, folder, undistur
             )
 
 
+@pytest.mark.slow
 def test_a_damaged_end_of_the_first_phase_is_trained_again(image_dataset, folder, undisturbed):
     run = Run(folder / "damaged")
     shutil.copytree(first_phase(undisturbed).path, first_phase(run).path)

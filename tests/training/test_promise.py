@@ -148,7 +148,7 @@ def test_the_resumed_run_repeats_the_killed_runs_losses(undisturbed, killed_and_
         assert line["loss"] == expected[line["step"]], line["step"]
 
 
-@pytest.mark.parametrize("ranks", [1, 3])
+@pytest.mark.parametrize("ranks", [1, pytest.param(3, marks=pytest.mark.slow)])
 def test_another_number_of_ranks_trains_the_same_weights(image_dataset, folder, undisturbed, ranks):
     """Only the order of fp32 sums differs. One step's rounding (1e-7) grows through Adam's normalisation over the run's
     12 steps; a wrong normalisation or sample order would be off by more than the learning rate (1e-3) within a step."""
