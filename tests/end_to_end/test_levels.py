@@ -18,18 +18,9 @@ from pipeline.evaluation import evaluate, metrics_table
 from pipeline.evaluation.report import write_report
 from pipeline.export import decode, export, load_quantizer, tokenize
 from pipeline.training.run_folder import Run
-from tests.conftest import train
+from tests.conftest import IMAGE, train
 
-SMALL = [
-    "batch.micro_batches=2",
-    "batch.samples=8",
-    "data.image_size=32",
-    "quantizer.codes=12",
-    "quantizer.grid=[4,3]",
-    "model.channels=16",
-    "model.residual_channels=8",
-    "model.latent_dim=8",
-]
+SMALL = [*IMAGE, "model.latent_dim=8"]
 
 
 @pytest.fixture(scope="module")
