@@ -24,7 +24,15 @@ from recipes.schema import RecipeError, load_recipe
 from tests.conftest import train
 from tests.distributed.harness import run_ranks
 from tests.export.test_tokens import stock_reader
-from tests.training.engine_steps import BETA, STEP_MICRO_BATCHES, build, image_batch, joined, micro_batch, take_all
+from tests.training.engine_steps import (
+    STEP_MICRO_BATCHES,
+    assert_gradients,
+    build,
+    gradients,
+    image_batch,
+    micro_batch,
+    take_all,
+)
 
 SMALL = {"architecture": "vit", "classes": 7, "patch": 4, "width": 8, "heads": 2, "depth": 2, "quantize_after": 1}
 SIZES = {"resnet18": 11_227_812, "alexnet": 57_413_540, "vit_tiny": 5_505_892}
@@ -166,15 +174,8 @@ def test_gradients_are_those_of_one_process_on_the_joint_batch(ranks, place):
         image_batch(torch.cat([part.pixels for part in parts])), labels=torch.cat([part.labels for part in parts])
     )
     (sum(model(batch).losses.values()) / batch.targets).backward()
-    moments = joined([rank[place] for rank in engine_runs(ranks)], "exp_avg")
-    for name, parameter in model.named_parameters():
-        torch.testing.assert_close(
-            moments[name] / (1 - BETA),
-            parameter.grad,
-            rtol=1e-4,
-            atol=2e-6 * float(parameter.grad.abs().max()) + 1e-9,
-            msg=lambda text, name=name: f"{name}: {text}",
-        )
+    expected = {name: parameter.grad for name, parameter in model.named_parameters()}
+    assert_gradients(gradients([rank[place] for rank in engine_runs(ranks)]), expected)
 
 
 def test_a_run_on_photographs_is_measured_shown_and_exported(image_dataset, tmp_path):

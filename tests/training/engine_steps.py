@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -131,3 +131,20 @@ def joined(results: list[dict[str, Any]], part: str) -> dict[str, Tensor]:
                 whole = found.setdefault(name, torch.full((result["shapes"][name].numel(),), float("nan")))
                 whole[start : start + len(values)] = values
     return {name: values.view(results[0]["shapes"][name]) for name, values in found.items()}
+
+
+def gradients(results: list[dict[str, Any]]) -> dict[str, Tensor]:
+    """Those of the first step, of all ranks' pieces of Adam's first moment."""
+    return {name: moment / (1 - BETA) for name, moment in joined(results, "exp_avg").items()}
+
+
+def assert_gradients(actual: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> None:
+    """Sums over micro-batches in another order: 1e-7 of the largest summands."""
+    for name, gradient in expected.items():
+        torch.testing.assert_close(
+            actual[name],
+            gradient,
+            rtol=1e-4,
+            atol=2e-6 * float(gradient.abs().max()) + 1e-9,
+            msg=lambda text, name=name: f"{name}: {text}",
+        )
