@@ -17,7 +17,7 @@ from pipeline.quantizers.base import Quantized, Quantizer, QuantizerOptions, loo
 from pipeline.quantizers.entropy import Scope, ScopeWatch, joint_mean, perplexity
 from pipeline.quantizers.gumbel_softmax import draw
 from pipeline.quantizers.learned import LearnedTable, LogitWeights
-from pipeline.quantizers.search import highest_scores
+from pipeline.quantizers.search import highest_scores_by_group
 
 
 class GumbelConfig(QuantizerOptions):
@@ -81,8 +81,7 @@ class GumbelQuantizer(Quantizer):
         codebook = self.code_vectors()
         temperature = self.temperature()
         if self.training:
-            spread = latents.unsqueeze(1).expand(-1, self.groups, -1)
-            vectors, sums, codes = draw(spread, weight, bias, codebook, temperature)
+            vectors, sums, codes = draw(self._for_each_group(latents), weight, bias, codebook, temperature)
         else:
             codes = self.assign(latents)
             vectors = look_up(codebook, codes)
@@ -100,9 +99,11 @@ class GumbelQuantizer(Quantizer):
         return Quantized(vectors.reshape(-1, self.dim), codes, losses, metrics)
 
     def assign(self, latents: Tensor) -> Tensor:
-        weight, bias = self.head()
-        found = [highest_scores(latents, weight[g].detach(), bias[g].detach()) for g in range(self.groups)]
-        return torch.stack(found, dim=1)
+        return highest_scores_by_group(self._for_each_group(latents), *self.head())
+
+    def _for_each_group(self, latents: Tensor) -> Tensor:
+        """``(tokens, input_dim)`` → ``(tokens, groups, input_dim)``, without a copy."""
+        return latents.unsqueeze(1).expand(-1, self.groups, -1)
 
     def observe(self, latents: Tensor, codes: Tensor) -> None:
         self._scope.saw_forward()

@@ -52,9 +52,10 @@ class _Draw(torch.autograd.Function):
         vectors = latents.new_empty(tokens, groups, codebook.shape[2])
         codes = torch.empty(tokens, groups, dtype=torch.int64, device=latents.device)
         sums = latents.new_zeros(groups, number)
+        tiles = Tiles(latents, tokens, number, 1)
         with torch.autocast(latents.device.type, enabled=False):
             for group in range(groups):
-                for rows, (tile,) in Tiles(latents, tokens, number, 1):
+                for rows, (tile,) in tiles:
                     torch.addmm(bias[group], latents[rows, group], weight[group].T, out=tile)
                     drawn, kept = noisy[rows, group], plain[rows, group]
                     drawn.add_(tile)
@@ -74,11 +75,12 @@ class _Draw(torch.autograd.Function):
         tokens, groups, number = noisy.shape
         of_latents, of_weight = torch.empty_like(latents), torch.zeros_like(weight)
         of_bias, of_codebook = weight.new_zeros(groups, number), torch.zeros_like(codebook)
+        tiles = Tiles(latents, tokens, number, 2)
         with torch.autocast(latents.device.type, enabled=False):
             for group in range(groups):
                 if of_vectors is not None:
                     of_codebook[group].index_add_(0, codes[:, group], of_vectors[:, group])
-                for rows, (gradient, spare) in Tiles(latents, tokens, number, 2):
+                for rows, (gradient, spare) in tiles:
                     if of_vectors is None:
                         gradient.zero_()
                     else:

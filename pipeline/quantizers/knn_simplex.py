@@ -25,7 +25,7 @@ from pipeline.quantizers.base import (
 )
 from pipeline.quantizers.entropy import Scope, ScopeWatch, perplexity
 from pipeline.quantizers.learned import LearnedTable, LogitWeights
-from pipeline.quantizers.search import highest_scores, nearest_codes
+from pipeline.quantizers.search import highest_scores_by_group, nearest_codes
 from pipeline.quantizers.simplex import Distance, Neighbourhood, mix
 
 
@@ -118,9 +118,7 @@ class KNNSimplexQuantizer(Quantizer):
         codebook = self.codebook()
         if self.config.logits == "distance":
             return nearest_codes(self.split_groups(latents), codebook)
-        compared, weight, bias = self.logits(latents, codebook)
-        found = [highest_scores(compared[:, g], weight[g].detach(), bias[g].detach()) for g in range(self.groups)]
-        return torch.stack(found, dim=1)
+        return highest_scores_by_group(*self.logits(latents, codebook))
 
     def observe(self, latents: Tensor, codes: Tensor) -> None:
         self._scope.saw_forward()

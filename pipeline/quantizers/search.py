@@ -77,6 +77,12 @@ def highest_scores(latents: Tensor, weights: Tensor, bias: Tensor, centre: Tenso
     return found
 
 
+def highest_scores_by_group(latents: Tensor, weights: Tensor, bias: Tensor) -> Tensor:
+    """:func:`highest_scores` of each group: latents ``(tokens, groups, dim)``, weights ``(groups, codes, dim)``, bias
+    ``(groups, codes)`` → int64 ``(tokens, groups)``."""
+    return torch.stack([highest_scores(latents[:, g], weights[g], bias[g]) for g in range(len(weights))], dim=1)
+
+
 def _best_of_rows(part: Tensor, weights: Tensor, bias: Tensor, tile: Tensor) -> Tensor:
     columns = tile.shape[1]
     winners = first_maximum(torch.addmm(bias[:columns], part, weights[:columns].T, out=tile))
